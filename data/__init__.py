@@ -1,0 +1,1 @@
+"""Images from plain WebDataset tars: index, order, decoding, views, batches."""

@@ -1,0 +1,182 @@
+"""The index beside a shard: offset, size, CRC-32 and label of every sample, so that a sample is one `pread`.
+
+`x.tar` has `x.tar.idx`: a 64-byte header, then one 32-byte record a sample, memory-mapped when read. A tar in a folder
+that cannot be written has its index in the cache folder.
+"""
+
+import mmap
+import os
+import zlib
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfsight.data.tar import Member, members
+from selfsight.errors import DataError, StorageError
+
+MAGIC, VERSION = b"SSINDEX\0", 1
+UNLABELLED = -1
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "gif"})
+RECORD = np.dtype(
+    [("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("group", "<i4"), ("reserved", "<u8")]
+)
+HEADER = np.dtype(
+    [
+        ("magic", "S8"),
+        ("version", "<u4"),
+        ("count", "<u4"),
+        ("shard_size", "<u8"),
+        ("records_crc", "<u4"),
+        ("reserved", "V32"),
+        ("header_crc", "<u4"),
+    ]
+)
+Records = NDArray[np.void]
+
+
+def cache_folder() -> Path:
+    """`$SELFSIGHT_CACHE`, or `~/.cache/selfsight`."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfsight"
+    return Path(os.environ.get("SELFSIGHT_CACHE") or default)
+
+
+def index_path(shard: Path) -> Path:
+    """Beside the shard, or in the cache folder when only that one exists or can be made."""
+    beside = shard.with_name(shard.name + ".idx")
+    if beside.exists() or os.access(shard.parent, os.W_OK):
+        return beside
+    return cache_folder() / "index" / f"{sha256(str(shard.resolve()).encode()).hexdigest()[:16]}-{shard.name}.idx"
+
+
+def build_index(shard: Path, *, missing: str = "error") -> Records:
+    """Walk one tar, pair images with labels by WebDataset's keys, and write its index.
+
+    Args:
+        shard: a plain tar of `KEY.jpg`-like images and, if there are labels, `KEY.cls` integers.
+        missing: what to do with a key that has no image: "error", or "exclude" it.
+
+    Raises:
+        DataError: a damaged tar, a duplicate key, several images in one sample, a bad label, or no image at all.
+    """
+    try:
+        with shard.open("rb") as file:
+            # An empty file cannot be mapped; the walk says of it what it says of any cut tar.
+            buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if shard.stat().st_size else b"")
+    except OSError as error:
+        raise DataError(f"{shard}: cannot be read ({error.strerror})") from None
+    _refuse_compressed(shard, bytes(buffer[:6]))
+    records = np.array(
+        [_record(shard, buffer, key, fields) for key, fields in _samples(shard, buffer, missing).items()], RECORD
+    )
+    if not len(records):
+        raise DataError(f"{shard}: holds no image (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    _write(index_path(shard), records, len(buffer))
+    return records
+
+
+def read_index(shard: Path) -> Records:
+    """The records of a shard's index, memory-mapped.
+
+    Raises:
+        DataError: no index, a damaged or foreign one, or a shard whose size is not the indexed one.
+    """
+    path, fix = index_path(shard), f"; make it with: selfsight shards index {shard}"
+    try:
+        size = shard.stat().st_size
+        head = np.fromfile(path, HEADER, 1)
+        records = (
+            np.memmap(path, RECORD, "r", HEADER.itemsize) if head.size and head["count"][0] else np.empty(0, RECORD)
+        )
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{error.filename}: not found" if error.filename == str(shard) else f"{shard}: has no index{fix}"
+        ) from None
+    except ValueError:  # a file that is no whole number of records
+        raise DataError(f"{path}: the index is damaged{fix}") from None
+    if not head.size or head["magic"][0] != MAGIC.rstrip(b"\0") or head["header_crc"][0] != _header_crc(head):
+        raise DataError(f"{path}: is not an index of this tool, or is damaged{fix}")
+    if head["version"][0] != VERSION:
+        raise DataError(f"{path}: index version {head['version'][0]}, this release reads {VERSION}{fix}")
+    if head["shard_size"][0] != size:
+        raise DataError(
+            f"{path}: is stale: the shard has {size:,} bytes, the index knew {head['shard_size'][0]:,}{fix}"
+        )
+    if len(records) != head["count"][0] or zlib.crc32(records.tobytes()) != head["records_crc"][0]:
+        raise DataError(f"{path}: the index is damaged{fix}")
+    return records
+
+
+def _samples(shard: Path, buffer: memoryview, missing: str) -> dict[str, dict[str, Member]]:
+    """Fields by key, in order of first appearance. WebDataset's rule: the key ends at the basename's first dot."""
+    samples: dict[str, dict[str, Member]] = {}
+    for member in members(buffer, str(shard)):
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, field = name.partition(".")
+        fields = samples.setdefault(folder + slash + stem, {})
+        if field.lower() in fields:
+            raise DataError(f"{shard}: {member.name!r} stands twice; keys must be unique within a shard")
+        fields[field.lower()] = member
+    without = [key for key, fields in samples.items() if not _images(fields)]
+    if without and missing == "error":
+        raise DataError(
+            f"{shard}: {len(without)} of {len(samples)} samples have no image, first {without[0]!r}; "
+            "leave them out with --missing exclude"
+        )
+    return {key: fields for key, fields in samples.items() if _images(fields)}
+
+
+def _images(fields: dict[str, Member]) -> list[Member]:
+    return [member for field, member in fields.items() if field.rpartition(".")[2] in IMAGE_SUFFIXES]
+
+
+def _record(
+    shard: Path, buffer: memoryview, key: str, fields: dict[str, Member]
+) -> tuple[int, int, int, int, int, int]:
+    images = _images(fields)
+    if len(images) > 1:
+        raise DataError(f"{shard}: sample {key!r} holds {len(images)} images; one a sample is read")
+    _, offset, size = images[0]
+    if not 0 < size < 2**32:
+        raise DataError(f"{shard}: image {images[0].name!r} has {size} bytes")
+    label = UNLABELLED
+    if "cls" in fields:
+        _, start, length = fields["cls"]
+        text = bytes(buffer[start : start + min(length, 32)]).strip()
+        if not text.isdigit() or int(text) >= 2**31:
+            raise DataError(f"{shard}: label {text!r} of sample {key!r} is not an integer of 0 or more")
+        label = int(text)
+    return offset, size, zlib.crc32(buffer[offset : offset + size]), label, -1, 0
+
+
+def _write(path: Path, records: Records, shard_size: int) -> None:
+    head = np.zeros(1, HEADER)
+    head["magic"], head["version"], head["count"], head["shard_size"] = MAGIC, VERSION, len(records), shard_size
+    head["records_crc"] = zlib.crc32(records.tobytes())
+    head["header_crc"] = _header_crc(head)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(head.tobytes() + records.tobytes())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: the index cannot be written ({error.strerror})") from None
+
+
+def _header_crc(head: NDArray[np.void]) -> int:
+    return zlib.crc32(head.tobytes()[: -HEADER["header_crc"].itemsize])
+
+
+def _refuse_compressed(shard: Path, start: bytes) -> None:
+    if start.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")):
+        raise DataError(
+            f"{shard}: is compressed, so that no sample can be read by its offset; "
+            f"unpack it with: selfsight shards build {shard} FOLDER"
+        )
+
+
+def label_histogram(labels: NDArray[np.int32]) -> dict[int, int]:
+    """How many samples each label has, unlabelled ones left out."""
+    return dict(sorted(Counter(labels[labels != UNLABELLED].tolist()).items()))

@@ -1,0 +1,56 @@
+"""Which sample stands at which position of a run: a pure function, so that progress is one integer.
+
+Position p of the run lies in epoch e at index i, (e, i) = divmod(p, N); its sample is permutation[seed, e](i). Nothing is
+stored: the permutation is a Feistel network (Luby and Rackoff 1988) over a grid a x b that just covers N, walked again
+for the few values that fall outside N, so that any position of any epoch costs the same and no rank or worker holds an
+array of N numbers.
+"""
+
+from math import isqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfsight import keyed
+
+ROUNDS = 12  # half-rounds; 4 already make a pseudo-random permutation in theory, the rest is margin for tiny N
+
+Ids = NDArray[np.int64]
+
+
+def sample_ids(positions: Ids, size: int, seed: int) -> Ids:
+    """The samples at `positions` (P,) of a run over `size` samples: (P,) ids in [0, size), each once an epoch."""
+    epoch, index = np.divmod(np.asarray(positions, np.int64), size)
+    keys = keyed.hashes(seed, "order", epoch, ROUNDS)
+    columns = isqrt(size - 1) + 1
+    rows = -(-size // columns)
+    ids = _feistel(index, keys, rows, columns)
+    while (outside := ids >= size).any():  # cycle walking: at most 1 value in sqrt(N) takes another turn
+        ids[outside] = _feistel(ids[outside], keys[outside], rows, columns)
+    return ids
+
+
+def _feistel(index: Ids, keys: NDArray[np.uint64], rows: int, columns: int) -> Ids:
+    """A keyed bijection of [0, rows * columns): each half-round shifts one coordinate by a hash of the other."""
+    row, column = np.divmod(index, columns)
+    for r in range(0, ROUNDS, 2):
+        row = (row + _hash(column, keys[:, r], rows)) % rows
+        column = (column + _hash(row, keys[:, r + 1], columns)) % columns
+    return row * columns + column
+
+
+def _hash(x: Ids, key: NDArray[np.uint64], bound: int) -> Ids:
+    return (keyed.mix(x.astype(np.uint64) ^ key) % np.uint64(bound)).astype(np.int64)
+
+
+def rank_positions(step: int, batch_size: int, rank: int = 0, world: int = 1, micro: int = 0, micros: int = 1) -> Ids:
+    """The positions of one micro-batch: step s, slot j -> s * batch_size + j, slots split evenly over ranks, then micros.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of world * micros.
+    """
+    share, rest = divmod(batch_size, world * micros)
+    if rest:
+        raise ValueError(f"a global batch of {batch_size} does not split over {world} ranks x {micros} micro-batches")
+    first = step * batch_size + (rank * micros + micro) * share
+    return np.arange(first, first + share, dtype=np.int64)

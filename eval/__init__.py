@@ -1,0 +1,1 @@
+"""What an encoder learned: features extracted once, scored beside floors."""

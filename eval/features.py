@@ -1,0 +1,128 @@
+"""Features of a whole set, extracted once: frozen encoder, evaluation's view, every sample exactly once and in order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from selfsight.data.decode import decode
+from selfsight.data.loader import loader, normalize
+from selfsight.data.shards import Shards
+from selfsight.data.views import RESAMPLING, resize_and_crop, to_array
+from selfsight.encoder import Encoder, Preprocessing
+from selfsight.errors import DataError, NumericError, UsageError
+
+BATCH = 256
+PIXEL_SIDE = 32  # the raw-pixel floor is taken at most at this size
+
+
+class Features(NamedTuple):
+    """Vectors of N samples and their labels."""
+
+    vectors: dict[str, Tensor]
+    """By pool: (N, D) float32 on the CPU."""
+    labels: Tensor
+    """(N,) int64."""
+
+    def select(self, index: Tensor) -> "Features":
+        """Some of the samples."""
+        return Features({pool: vectors[index] for pool, vectors in self.vectors.items()}, self.labels[index])
+
+
+@dataclass(frozen=True)
+class CentralCrops(Dataset[Tensor]):
+    """Evaluation's view of given samples, in batches: item n is (b, C, S, S) uint8."""
+
+    shards: Shards
+    ids: np.ndarray
+    size: int
+    channels: int
+    interpolation: str
+    crop_pct: float
+
+    def __getitem__(self, number: int) -> Tensor:
+        made = []
+        for sample in self.ids[number * BATCH : (number + 1) * BATCH]:
+            try:
+                image = decode(self.shards.read(int(sample)), self.channels)
+            except DataError as error:  # a score must not depend on a substitute
+                raise DataError(f"{self.shards.describe(int(sample))}: {error}") from None
+            made.append(to_array(resize_and_crop(image, self.size, self.crop_pct, RESAMPLING[self.interpolation])))
+        return torch.from_numpy(np.stack(made))
+
+
+def labels_of(shards: Shards, ids: np.ndarray) -> Tensor:
+    """Labels of samples, all there and of at least two classes.
+
+    Raises:
+        UsageError: unlabelled samples, or one class only.
+    """
+    labels = shards.labels[ids].astype(np.int64)
+    if (labels < 0).any():
+        raise UsageError(
+            f"{shards.spec}: {int((labels < 0).sum()):,} of {len(labels):,} samples have no label; scores need labels"
+        )
+    if len(np.unique(labels)) < 2:
+        raise UsageError(
+            f"{shards.spec}: all {len(labels):,} samples have the label {labels[0]}; scores need two classes"
+        )
+    return torch.from_numpy(labels)
+
+
+@torch.inference_mode()
+def extract(
+    encoder: Encoder,
+    shards: Shards,
+    device: torch.device,
+    pools: Sequence[str] | None = None,
+    ids: np.ndarray | None = None,
+    workers: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Features:
+    """Features of samples `ids` (all, if not given) by `encoder.embed`, in fp32.
+
+    Raises:
+        UsageError: missing labels.
+        NumericError: features that are not finite.
+    """
+    ids = np.arange(len(shards)) if ids is None else ids
+    labels = labels_of(shards, ids)
+    made = encoder.preprocessing
+    crops = CentralCrops(shards, ids, made.image_size, made.channels, made.interpolation, made.crop_pct)
+    mean, std = channel_statistics(made, device)
+    pools = tuple(pools or (encoder.pool,))
+    parts: dict[str, list[Tensor]] = {pool: [] for pool in pools}
+    training = encoder.training
+    encoder.eval()
+    for pixels in loader(crops, range(-(-len(ids) // BATCH)), workers, device.type == "cuda"):
+        features = encoder.embed_pools(normalize(pixels.to(device, non_blocking=True), mean, std), pools)
+        for pool, feature in features.items():
+            parts[pool].append(feature.float().cpu())
+        advance(len(pixels))
+    encoder.train(training)
+    vectors = {pool: torch.cat(part).clone() for pool, part in parts.items()}
+    for pool, values in vectors.items():
+        if not values.isfinite().all():
+            raise NumericError(f"the encoder gives features that are not finite ({pool}, {shards.spec})")
+    return Features(vectors, labels)
+
+
+def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) -> Features:
+    """Raw pixels in 0..1 as features, at most 32 x 32: the floor that any encoder must justify itself against."""
+    side = min(preprocessing.image_size, PIXEL_SIDE)
+    ids = np.arange(len(shards))
+    crops = CentralCrops(shards, ids, side, preprocessing.channels, preprocessing.interpolation, preprocessing.crop_pct)
+    pixels = torch.cat(list(loader(crops, range(-(-len(ids) // BATCH)), workers, False)))
+    return Features({"pixels": pixels.flatten(1).float() / 255}, labels_of(shards, ids))
+
+
+def channel_statistics(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation as (C, 1, 1)."""
+    mean, std = (
+        torch.tensor(values, device=device).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+    )
+    return mean, std

@@ -1,0 +1,17 @@
+"""How healthy features are, without labels."""
+
+import torch
+from torch import Tensor
+
+
+def rankme(features: Tensor) -> float:
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 1): exp of the entropy of the normalised singular values.
+
+    Between 1 (all features on one line: collapse) and the width D.
+
+    Args:
+        features: (N, D), not centred.
+    """
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + 1e-7
+    return torch.exp(-(shares * shares.log()).sum()).item()

@@ -1,0 +1,123 @@
+"""Weighted k-nearest-neighbour vote on cosine similarity (Wu et al. 2018, arXiv 1805.01978; DINO's protocol)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import faiss
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selfsight import keyed
+from selfsight.errors import NumericError, UsageError
+
+TEMPERATURE = 0.07
+DEFAULT_K = (10, 20, 100, 200)
+_QUERIES = 4096  # searched at once, to bound memory
+
+
+class KNNResult(NamedTuple):
+    """Accuracy on test, and the k that was chosen without it."""
+
+    accuracy: float
+    """Percent."""
+    k: int
+    candidates: tuple[int, ...]
+
+
+def held_out(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A split of `size` training samples: (nine tenths to fit, one tenth to choose by), sorted indices."""
+    order = torch.from_numpy(keyed.hashes(seed, "held out", range(size), 1)[:, 0].argsort().copy())
+    tenth = max(1, size // 10)
+    return order[tenth:].sort().values, order[:tenth].sort().values
+
+
+def usable_k(candidates: Sequence[int], bank: int) -> tuple[int, ...]:
+    """The candidates that a bank can serve.
+
+    Raises:
+        UsageError: none of them, or a single k that was asked for and is too large.
+    """
+    fitting = tuple(k for k in candidates if 1 <= k <= bank)
+    if not fitting or (len(candidates) == 1 and not fitting):
+        raise UsageError(
+            f"k = {', '.join(map(str, candidates))}: the bank has only {bank} samples; choose k of at most {bank}"
+        )
+    return fitting
+
+
+def knn(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: Sequence[int] = DEFAULT_K
+) -> KNNResult:
+    """Accuracy on test with the k that is best on a held-out tenth of train (the smaller k of equals).
+
+    Args:
+        train, test: features (N, D) and (M, D).
+        k: candidates; those larger than nine tenths of train are left out.
+
+    Raises:
+        UsageError: no candidate fits the bank, or test has classes that train lacks.
+        NumericError: a feature that is not finite or has length zero.
+    """
+    refuse_unknown_classes(train_labels, test_labels)
+    train, test = unit(train), unit(test)
+    fit, choose = held_out(len(train))
+    candidates = usable_k(k, len(fit))
+    if len(candidates) > 1:
+        votes = predict(train[fit], train_labels[fit], train[choose], candidates)
+        accuracy = (votes == train_labels[choose][:, None]).double().mean(0)
+        best = candidates[int(accuracy.argmax())]
+    else:
+        best = candidates[0]
+    hits = predict(train, train_labels, test, (best,))[:, 0] == test_labels
+    return KNNResult(100 * hits.double().mean().item(), best, candidates)
+
+
+def predict(bank: Tensor, labels: Tensor, queries: Tensor, k: Sequence[int]) -> Tensor:
+    """The class with the largest sum of exp(cosine / T) over the k nearest, for several k from one search: (Q, len(k)).
+
+    `bank` and `queries` have unit length.
+    """
+    classes = int(labels.max()) + 1
+    voted = []
+    for part in queries.split(_QUERIES):
+        similarity, neighbour = search(bank, part, max(k))
+        weights = (similarity.double() / TEMPERATURE).exp()
+        votes = [
+            torch.zeros(len(part), classes, dtype=torch.float64).scatter_add_(
+                1, labels[neighbour[:, :n]], weights[:, :n]
+            )
+            for n in k
+        ]
+        voted.append(torch.stack([vote.argmax(1) for vote in votes], dim=1))
+    return torch.cat(voted)
+
+
+def search(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest inner products and where they are, best first: (Q, k) each, on the CPU. The GPU is used if there is one."""
+    if torch.cuda.is_available():
+        found = (queries.cuda() @ bank.cuda().T).topk(k)
+        return found.values.cpu(), found.indices.cpu()
+    index = faiss.IndexFlatIP(bank.shape[1])
+    index.add(bank.numpy())
+    similarity, neighbour = index.search(queries.numpy(), k)
+    return torch.from_numpy(similarity), torch.from_numpy(neighbour)
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features scaled to length 1.
+
+    Raises:
+        NumericError: a feature that is not finite or has length zero.
+    """
+    lengths = features.norm(dim=1)
+    if not (lengths.isfinite() & (lengths > 0)).all():
+        raise NumericError("features with length zero or values that are not finite have no direction to compare")
+    return F.normalize(features).contiguous()
+
+
+def refuse_unknown_classes(train_labels: Tensor, test_labels: Tensor) -> None:
+    """Raise UsageError if test has classes that train lacks."""
+    unknown = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
+    if unknown:
+        raise UsageError(f"test has {len(unknown)} classes that train lacks: {', '.join(map(str, unknown[:10]))}")

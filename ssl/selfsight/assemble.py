@@ -1,0 +1,128 @@
+"""From a recipe to the parts of a run, and from the parts to a checkpoint and back."""
+
+import copy
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfsight import __version__, checkpoint
+from selfsight.data.loader import Batches
+from selfsight.data.shards import Shards
+from selfsight.data.views import ViewMaker
+from selfsight.encoder import Encoder, build_encoder, preprocessing_of
+from selfsight.errors import UsageError
+from selfsight.objectives import build_objective
+from selfsight.objectives.base import Objective
+from selfsight.optim import build_optimizer
+from selfsight.recipe import Recipe
+from selfsight.run_folder import differences
+from selfsight.weights import load_weights
+
+
+@dataclass
+class Parts:
+    """Everything that a run is made of. Only what `tensors` returns changes while it trains."""
+
+    recipe: Recipe
+    shards: Shards
+    encoder: Encoder
+    objective: Objective
+    optimizer: torch.optim.AdamW
+    average: Encoder | None
+    """Running average of the encoder, if the recipe wants one."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    notes: list[str]
+    """What was done to the weights that the encoder started from."""
+
+    @property
+    def scored(self) -> Encoder:
+        """The encoder that is scored and exported."""
+        return self.average or self.encoder
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Names of the trained parameters."""
+        return {parameter: name for name, parameter in self.objective.named_parameters()}
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        return step * self.recipe.train.batch_size / len(self.shards)
+
+    def batches(self, rank: int = 0, world: int = 1) -> Batches:
+        """The training batches of one rank."""
+        recipe, made = self.recipe, self.encoder.preprocessing
+        makers = tuple(
+            ViewMaker(view, number, made.image_size, made.interpolation, recipe.seed)
+            for number, view in enumerate(self.objective.views)
+        )
+        train = recipe.train
+        return Batches(self.shards, makers, recipe.seed, made.channels, train.batch_size, rank, world, train.accumulate)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that goes on from it. Where the data lie is not part of it."""
+        tree = self.recipe.model_dump(mode="json")
+        train = {key: tree["train"][key] for key in ("batch_size", "precision", "ema")} | {"steps": self.steps}
+        data = tree["data"] | {"train": self.shards.id}
+        return {"seed": tree["seed"], "data": data, "train": train} | {
+            key: tree[key] for key in ("encoder", "objective", "optim")
+        }
+
+    def tensors(self) -> dict[str, checkpoint.Tensors]:
+        """What a checkpoint stores, by file."""
+        stored = {"model": self.objective.state_dict(), "optim": checkpoint.pack_optimizer(self.optimizer, self.names)}
+        return stored | ({"ema": self.average.state_dict()} if self.average else {})
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return {
+            "version": __version__,
+            "fingerprint": self.fingerprint(),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+    def restore(self, saved: checkpoint.Checkpoint, where: str) -> int:
+        """Take a checkpoint's place; the answer is the number of steps done.
+
+        Raises:
+            UsageError: a checkpoint of another recipe; every differing key is named.
+        """
+        if other := differences(saved.state["fingerprint"], self.fingerprint()):
+            raise UsageError(
+                f"{where}: is the run of another recipe: {'; '.join(other)}\n"
+                "choose another --run_dir, or give the recipe as it was (it is in the run folder)"
+            )
+        self.objective.load_state_dict(saved.tensors["model"], strict=True)
+        checkpoint.unpack_optimizer(self.optimizer, self.names, saved.tensors["optim"])
+        if self.average:
+            self.average.load_state_dict(saved.tensors["ema"], strict=True)
+        return saved.state["step"]
+
+
+def assemble(recipe: Recipe, device: torch.device) -> Parts:
+    """Build every part on the device, with the weights that the recipe's seed gives.
+
+    Raises:
+        UsageError, DataError: whatever in the recipe cannot be built, before the first step.
+    """
+    shards = Shards(recipe.data.train)
+    batch = recipe.train.batch_size
+    if len(shards) < batch:
+        raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")
+    steps = recipe.train.steps or ceil((recipe.train.epochs or 0) * len(shards) / batch)
+    encoder = build_encoder(recipe.encoder, preprocessing_of(recipe.data, recipe.encoder), recipe.seed)
+    notes = load_weights(encoder, recipe.encoder.weights, recipe.encoder.name) if recipe.encoder.weights else []
+    encoder.checkpoint_blocks = recipe.train.checkpoint_blocks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed + 1)
+        objective = build_objective(recipe.objective, encoder)
+    objective.to(device)
+    average = copy.deepcopy(encoder).requires_grad_(False) if recipe.train.ema else None
+    if recipe.train.compile:
+        for block in encoder.blocks:
+            block.compile()
+    optimizer = build_optimizer(objective, encoder, recipe.optim)
+    return Parts(recipe, shards, encoder, objective, optimizer, average, steps, notes)

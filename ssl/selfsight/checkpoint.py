@@ -1,0 +1,170 @@
+"""Checkpoints that are whole or not there.
+
+`checkpoints/step-00001234/` holds safetensors files, `state.json`, and `manifest.json` (size and SHA-256 of each file), written
+last. All of it is written into a sibling that no reader takes for a checkpoint, fsynced, and renamed; only then are old
+ones pruned. Reading takes the newest whose manifest verifies. Nothing is ever unpickled.
+"""
+
+import json
+import os
+import re
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from selfsight.errors import StorageError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+Tensors = dict[str, Tensor]
+
+
+class Checkpoint(NamedTuple):
+    """What a run needs to go on."""
+
+    state: dict[str, Any]
+    tensors: dict[str, Tensors]
+    """By file: "model", "optim", and "ema" where there is one."""
+
+
+def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensors], keep: int) -> Path:
+    """Write the checkpoint of `step` and prune all but the newest `keep`.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; what was there before is untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    draft = folder / f".draft-{final.name}"
+    try:
+        _require_space(folder, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in group.items()}, draft / f"{name}.safetensors"
+            )
+        (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        manifest = {
+            path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in sorted(draft.iterdir())
+        }
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [*draft.iterdir(), draft]:
+            _sync(path)
+        if final.exists():  # written before a crash that lost its later steps
+            shutil.rmtree(final)
+        draft.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"{final}: the checkpoint could not be written ({reason}); older ones are untouched"
+        ) from None
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, oldest first, by name and never by time of change."""
+    return sorted(int(match[1]) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name)))
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line about each newer one that does not.
+
+    Raises:
+        StorageError: there are checkpoints and none verifies.
+    """
+    told: list[str] = []
+    for step in reversed(steps(folder)):
+        path = folder / f"step-{step:08d}"
+        problem = verify(path)
+        if problem is None:
+            return path, told
+        told.append(f"{path}: {problem}; going back one")
+    if told:
+        raise StorageError("no checkpoint can be trusted:\n" + "\n".join(told))
+    return None, told
+
+
+def verify(path: Path) -> str | None:
+    """None if every file is what the manifest says, else what is wrong."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, entry in manifest.items():
+            file = path / name
+            if file.stat().st_size != entry["size"] or _digest(file) != entry["sha256"]:
+                return f"{name} is damaged"
+        missing = {"model.safetensors", "state.json"} - set(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"incomplete or damaged ({type(error).__name__})"
+    return f"lacks {', '.join(missing)}" if missing else None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        StorageError: one that does not verify, or of a newer format.
+    """
+    if problem := verify(path):
+        raise StorageError(f"{path}: {problem}")
+    state = json.loads((path / "state.json").read_text())
+    if state["format"] > FORMAT:
+        raise StorageError(f"{path}: written by a newer release (format {state['format']}, this one reads {FORMAT})")
+    return Checkpoint(state, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))})
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> Tensors:
+    """The optimizer's state as flat tensors `<parameter>/<moment>`; groups are rebuilt from the recipe."""
+    return {
+        f"{names[parameter]}/{moment}": value
+        for parameter, moments in optimizer.state.items()
+        for moment, value in moments.items()
+    }
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], packed: Tensors) -> None:
+    """The inverse of `pack_optimizer`.
+
+    Raises:
+        StorageError: a tensor that no parameter of this run has.
+    """
+    parameters = {name: parameter for parameter, name in names.items()}
+    for key, value in packed.items():
+        name, _, moment = key.rpartition("/")
+        if name not in parameters:
+            raise StorageError(f"the checkpoint's optimizer knows {name!r}, which this run does not train")
+        # AdamW keeps its step count beside fused parameters on their device.
+        optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
+
+
+def _require_space(folder: Path, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size + 2**20:
+        raise StorageError(f"{folder}: a checkpoint needs {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
+
+
+def _digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,301 @@
+"""The `selfsight` command. torch is imported by the command that needs it, so that `--help` answers at once."""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfsight import __version__
+from selfsight.errors import SelfsightError, UsageError
+
+EXIT_CODES = (
+    "exit codes: 0 done, 2 usage or recipe error, 65 bad data, 70 not finite, 74 disk or checkpoint, "
+    "75 stopped on request (run it again)"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the answer is the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    parser = build_parser()
+    try:
+        options, rest = parser.parse_known_args([argument for argument in arguments if argument != "--debug"])
+        if rest and not options.takes_fields:
+            raise UsageError(f"unknown argument {rest[0]}; see: selfsight {options.command} --help")
+        options.fields = parse_fields(rest)
+        return options.run(options) or 0
+    except SelfsightError as error:
+        if debug:
+            traceback.print_exc()
+        for line in explain(error).splitlines():
+            print(f"selfsight: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("selfsight: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left
+        return 0
+
+
+def explain(error: SelfsightError) -> str:
+    """The message of an error; a loader worker's comes wrapped in its traceback, whose end is the message."""
+    text = str(error)
+    if "Original Traceback" in text:
+        return text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def parse_fields(rest: Sequence[str]) -> dict[str, str]:
+    """`--a.b value` and `--a.b=value` as a mapping of dotted names to text.
+
+    Raises:
+        UsageError: a stray word, or a field without a value.
+    """
+    fields: dict[str, str] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UsageError(f"{word!r} is not expected here; fields are given as --section.key value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise UsageError(f"--{name} needs a value")
+            value = words.pop(0)
+        fields[name] = value
+    return fields
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    parser = argparse.ArgumentParser(
+        prog="selfsight",
+        description="Self-supervised pretraining of Vision Transformers.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"selfsight {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = _command(commands, "pretrain", _pretrain, "start or resume a run", takes_fields=True)
+    one.usage = "selfsight pretrain RECIPE [--section.key value ...]"
+    one.add_argument("recipe", help="a YAML file, or a packaged recipe such as digits/mae")
+
+    one = _command(commands, "eval", _eval, "score an encoder beside the floors")
+    one.add_argument(
+        "encoder", help="a run folder, an exported encoder, a checkpoint, or the name of a timm model (downloads)"
+    )
+    one.add_argument(
+        "--train", required=True, nargs="+", metavar="SPEC", help="labelled shards that probes are fitted on"
+    )
+    one.add_argument("--test", required=True, nargs="+", metavar="SPEC", help="labelled shards that are scored once")
+    one.add_argument(
+        "--with", dest="evaluators", default="knn,linear", metavar="LIST", help="of knn, linear (default: both)"
+    )
+    one.add_argument(
+        "--k", default=None, metavar="LIST", help="candidate numbers of neighbours (default: 10,20,100,200)"
+    )
+    one.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    one.add_argument("--json", action="store_true", help="print what scores.json holds")
+
+    one = _command(
+        commands, "export", _export, "write an encoder in timm's local-dir format, checked in a clean process"
+    )
+    one.add_argument("source", help="a run folder or a checkpoint")
+    one.add_argument("target", type=Path, help="the folder to write")
+
+    one = _command(commands, "report", _report, "write report.html of a run again")
+    one.add_argument("run_dir", type=Path, help="a run folder")
+
+    shards = commands.add_parser("shards", help="build, index and check WebDataset shards")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
+    one = _command(actions, "build", _build, "pack images as shards")
+    one.add_argument(
+        "source",
+        help="a folder of images, tars (.tar, .tar.gz, .tar.xz), a torchvision dataset (CIFAR10), digits:train",
+    )
+    one.add_argument("target", type=Path, help="a new folder")
+    one.add_argument("--root", type=Path, help="where a torchvision dataset lies")
+    one.add_argument("--split", default="train", help="its split (default: train)")
+    one.add_argument("--download", action="store_true", help="let torchvision fetch it")
+    one.add_argument("--unlabelled", action="store_true", help="ignore class folders and labels")
+    one.add_argument("--short-side", type=int, metavar="PIXELS", help="reduce larger images to this shorter side")
+    one.add_argument("--format", choices=["jpeg", "png", "webp"], help="store all images so (default: as they are)")
+    one.add_argument("--quality", type=int, default=92, help="of JPEG and WebP, 1-100 (default: 92)")
+    one.add_argument(
+        "--per-shard", type=int, default=10_000, metavar="SAMPLES", help="samples in a shard (default: 10000)"
+    )
+    one = _command(actions, "index", _index, "index existing WebDataset tars, without rewriting them")
+    one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders")
+    one.add_argument(
+        "--missing", choices=["error", "exclude"], default="error", help="samples without an image (default: error)"
+    )
+    one = _command(actions, "check", _check, "read, verify and decode every sample again")
+    one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
+    one.add_argument("--json", action="store_true", help="print one object")
+
+    one = _command(commands, "recipes", _recipes, "list the packaged recipes, or print the JSON schema for editors")
+    one.add_argument("--schema", action="store_true", help="print the JSON schema")
+    one = _command(
+        commands, "quickstart", _quickstart, "the main job on built-in digits, in at most 3 minutes on 2 cores", True
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str, takes_fields: bool = False
+) -> argparse.ArgumentParser:
+    text = help[0].upper() + help[1:] + "."
+    parser = commands.add_parser(name, help=help, description=text, allow_abbrev=False, add_help=not takes_fields)
+    if takes_fields:
+        parser.add_argument("-h", "--help", action=_HelpWithFields)
+    parser.set_defaults(run=run, takes_fields=takes_fields)
+    return parser
+
+
+class _HelpWithFields(argparse.Action):
+    """`--help` that goes on with every recipe field."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show this and every recipe field")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from selfsight.fields import field_list
+
+        print(parser.format_help() + "\n" + field_list(), end="")
+        parser.exit()
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from selfsight.console import score_table
+    from selfsight.train import pretrain
+
+    scores = pretrain(options.recipe, options.fields).get("scores")
+    if scores:
+        score_table(scores, f"{scores[0]['test']}, % correct")
+    return 0
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from selfsight.quickstart import quickstart
+
+    quickstart(options.fields)
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from selfsight.console import say, score_table
+    from selfsight.eval.evaluate import evaluate
+    from selfsight.eval.knn import DEFAULT_K
+
+    k = _numbers(options.k, "--k") if options.k else DEFAULT_K
+    found = evaluate(
+        options.encoder,
+        options.train,
+        options.test,
+        evaluators=options.evaluators.split(","),
+        k=k,
+        workers=options.workers,
+        say=say,
+    )
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        score_table(found["scores"], f"{found['scores'][0]['test']}, % correct")
+        for score in found["scores"]:
+            if score["encoder"] == "pretrained":
+                say(score["protocol"])
+    return 0
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option}: {text!r} is not a list of whole numbers, such as 10,20") from None
+
+
+def _export(options: argparse.Namespace) -> int:
+    from selfsight.console import say
+    from selfsight.export import export, load_encoder, timm_line
+
+    difference = export(
+        load_encoder(options.source), options.target, {"version": __version__, "source": str(options.source)}
+    )
+    say(f"exported; timm's features differ by {difference:.1e} at most")
+    print(timm_line(options.target))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from selfsight.finish import report_again
+
+    print(report_again(options.run_dir))
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    from selfsight.data.build import Encoding, build
+
+    built = build(
+        options.source,
+        options.target,
+        root=options.root,
+        split=options.split,
+        download=options.download,
+        unlabelled=options.unlabelled,
+        encoding=Encoding(options.short_side, options.format, options.quality),
+        per_shard=options.per_shard,
+    )
+    classes = f"{built.classes} classes" if built.classes else "no labels"
+    print(
+        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}, {built.bytes / 2**20:,.1f} MiB"
+    )
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    from selfsight.console import progress
+    from selfsight.data.index import build_index
+    from selfsight.data.shards import find_shards
+
+    paths, samples = find_shards(options.spec), 0
+    with progress("indexing", len(paths)) as bar:
+        for path in paths:
+            samples += len(build_index(path, missing=options.missing))
+            bar()
+    print(f"{samples:,} samples in {len(paths)} shards indexed")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from selfsight.console import progress
+    from selfsight.data.check import check, check_table
+    from selfsight.data.shards import Shards
+    from selfsight.errors import DataError
+
+    shards = Shards(options.spec)
+    with progress("checking", len(shards)) as bar:
+        found = check(shards, bar)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        check_table(found)
+    return DataError.exit_code if found["bad"] else 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from selfsight.fields import json_schema
+    from selfsight.recipe import packaged_recipes
+
+    if options.schema:
+        print(json.dumps(json_schema(), indent=1))
+    else:
+        for path, summary in packaged_recipes():
+            print(f"{path:32} {summary}")
+    return 0

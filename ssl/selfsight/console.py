@@ -1,0 +1,69 @@
+"""What a person sees while a command works: lines, a progress bar on a terminal, tables."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_OUT = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say(line: str) -> None:
+    """One line to the person, on standard error: standard output belongs to answers."""
+    _OUT.print(line, markup=False)
+
+
+class Bar(Protocol):
+    """Moves a progress bar."""
+
+    def __call__(self, advance: int = 1, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(task: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
+    """A progress bar on a terminal; silence elsewhere (a cluster's log is no terminal)."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda advance=1, note="": None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=_OUT, transient=True) as shown:
+        bar = shown.add_task(task, total=total, completed=done, note="")
+        yield lambda advance=1, note="": shown.update(bar, advance=advance, **({"note": note} if note else {}))
+
+
+def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
+    """A table on standard output; the first column is text, the others are numbers."""
+    made = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        made.add_row(*map(str, row))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(made)
+
+
+def score_table(scores: list[dict[str, Any]], title: str) -> None:
+    """Encoders down, evaluators across, percent with the standard deviation where there is one."""
+    evaluators = [name for name in dict.fromkeys(score["evaluator"] for score in scores) if name != "majority"]
+    rows = []
+    for encoder in dict.fromkeys(score["encoder"] for score in scores):
+        own = {score["evaluator"]: score for score in scores if score["encoder"] == encoder}
+        single = own.get("majority")
+        rows.append([encoder, *[format_score(own.get(name) or single) for name in evaluators]])
+    table(["encoder", *evaluators], rows, title)
+
+
+def format_score(score: dict[str, Any] | None) -> str:
+    """`94.2 ± 0.3`, or `-` for none."""
+    if score is None:
+        return "-"
+    return f"{score['value']:.1f}" + (f" ± {score['std']:.1f}" if score["n"] > 1 else "")

@@ -1,0 +1,37 @@
+"""Every failure a user can cause or meet, each with the exit code that scripts rely on."""
+
+
+class SelfsightError(Exception):
+    """A failure explained in one or two lines: what was wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(SelfsightError):
+    """A wrong command line, recipe or argument."""
+
+    exit_code = 2
+
+
+class DataError(SelfsightError):
+    """Shards, indexes or images that cannot be used as they are."""
+
+    exit_code = 65
+
+
+class NumericError(SelfsightError):
+    """A non-finite loss or gradient."""
+
+    exit_code = 70
+
+
+class StorageError(SelfsightError):
+    """A file or checkpoint that cannot be written or trusted."""
+
+    exit_code = 74
+
+
+class Stopped(SelfsightError):
+    """The run was asked to stop, saved, and continues when the same command is run again."""
+
+    exit_code = 75

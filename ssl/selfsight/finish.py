@@ -1,0 +1,69 @@
+"""After the last step: the export, scores of exactly that export, and the report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfsight import __version__, checkpoint, console
+from selfsight.assemble import Parts, assemble
+from selfsight.errors import UsageError
+from selfsight.eval.evaluate import evaluate
+from selfsight.export import export, load_encoder, timm_line
+from selfsight.recipe import load
+from selfsight.report import write_report
+from selfsight.run_folder import write_atomically
+
+
+def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
+    """Export, score, report. Done again from the last checkpoint when it was interrupted; kept when it was not.
+
+    Returns:
+        What scores.json holds.
+    """
+    recipe, folder = parts.recipe, parts.recipe.run_dir
+    scores_file = folder / "scores.json"  # written last
+    if scores_file.exists():
+        console.say(f"{folder}: is finished; remove it, or name another run_dir, to run again")
+        return json.loads(scores_file.read_text())
+    provenance = {
+        "version": __version__,
+        "steps": parts.steps,
+        "data": parts.shards.id,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    difference = export(parts.scored, folder / "encoder", provenance)
+    console.say(f"exported to {folder / 'encoder'}; timm's features differ by {difference:.1e} at most")
+    scores: dict[str, Any] = {"scores": []}
+    if recipe.eval.train and recipe.eval.test:
+        encoder = load_encoder(folder / "encoder")
+        scores = evaluate(
+            encoder,
+            recipe.eval.train,
+            recipe.eval.test,
+            k=recipe.eval.k,
+            workers=workers,
+            device=device,
+            say=console.say,
+        )
+    write_report(parts, scores["scores"], device)
+    write_atomically(scores_file, json.dumps(scores, indent=1))
+    console.say(f"report: {folder / 'report.html'}\nload it: {timm_line(folder / 'encoder')}")
+    return scores
+
+
+def report_again(folder: Path) -> Path:
+    """Write the report of a run from what its folder holds.
+
+    Raises:
+        UsageError: not a run folder, or one without a checkpoint.
+    """
+    recipe = load(folder / "recipe.yaml", {"run_dir": str(folder)})
+    newest, _ = checkpoint.newest(folder / "checkpoints")
+    if newest is None:
+        raise UsageError(f"{folder}: has no checkpoint to report on")
+    parts = assemble(recipe, torch.device("cpu"))
+    parts.restore(checkpoint.load(newest), str(folder))
+    scores = folder / "scores.json"
+    return write_report(parts, json.loads(scores.read_text())["scores"] if scores.exists() else [], torch.device("cpu"))

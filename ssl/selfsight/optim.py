@@ -1,0 +1,63 @@
+"""AdamW's parameter groups, the learning rate as a function of the step, and the running average of weights."""
+
+from math import cos, pi
+
+import torch
+from torch import Tensor, nn
+
+from selfsight.encoder import Encoder
+from selfsight.recipe import OptimConfig
+
+
+def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+    """Learning rate of step `step` in [0, steps): linear warmup from 0, then half a cosine to `min_lr`."""
+    warmup = config.warmup * steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1.0, steps - warmup)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + cos(pi * min(1.0, done)))
+
+
+def build_optimizer(objective: nn.Module, encoder: Encoder, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, grouped by weight decay and by depth; each group carries its `scale` of the rate.
+
+    Vectors and tokens are not decayed. With layer_decay d, block i of L has scale d^(L - i), the stem d^(L + 1), and
+    all that is not the encoder's (or comes after its blocks) 1, as in BEiT and MAE's fine-tuning.
+    """
+    spared = {"pos_embed", "cls_token", "reg_token", "mask_token"}
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.ndim > 1 and name.rpartition(".")[2] not in spared
+        groups.setdefault((decayed, _scale(name, encoder, config.layer_decay)), []).append(parameter)
+    described = [
+        {"params": members, "weight_decay": config.weight_decay if decayed else 0.0, "scale": scale}
+        for (decayed, scale), members in groups.items()
+    ]
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+
+
+def _scale(name: str, encoder: Encoder, decay: float) -> float:
+    prefix = "encoder.backbone."
+    if decay == 1.0 or not name.startswith(prefix):
+        return 1.0
+    depth = len(encoder.blocks)
+    part, *rest = name.removeprefix(prefix).split(".")
+    if part == "blocks":
+        return decay ** (depth - int(rest[0]))
+    return 1.0 if part in {"norm", "fc_norm"} else decay ** (depth + 1)
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, live: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * live, for all parameters and floating buffers, in place."""
+    theirs = [tensor.detach() for tensor in live.state_dict().values() if tensor.is_floating_point()]
+    ours = [tensor for tensor in average.state_dict().values() if tensor.is_floating_point()]
+    torch._foreach_lerp_(ours, theirs, 1 - decay)

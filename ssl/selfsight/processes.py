@@ -1,0 +1,77 @@
+"""The processes of a run: how they find each other, agree, and are asked to stop."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+import torch
+from accelerate import Accelerator
+
+from selfsight.errors import Stopped, UsageError
+from selfsight.recipe import Recipe
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def join(recipe: Recipe) -> Accelerator:
+    """Accelerate for device, precision and ranks; torchrun's environment says how many there are.
+
+    Raises:
+        UsageError: a GPU that is not there, a batch that does not split, or another world than the launcher promised.
+    """
+    train, world = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device: cuda, but torch sees no GPU; use auto or cpu")
+    if train.batch_size % (world * train.accumulate):
+        raise UsageError(
+            f"train.batch_size: {train.batch_size} does not split over {world} ranks x {train.accumulate} micro-batches"
+        )
+    cpu = train.device == "cpu" or not torch.cuda.is_available()
+    precision = {"auto": "no" if cpu else "bf16", "fp32": "no", "bf16": "bf16"}[train.precision]
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=precision, log_with=[*recipe.track] or None, project_dir=str(recipe.run_dir)
+    )
+    if accelerator.num_processes != world:
+        raise UsageError(
+            f"the launcher promised {world} processes, Accelerate found {accelerator.num_processes}; use launch.sh"
+        )
+    return accelerator
+
+
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank gets the same answer."""
+    if accelerator.num_processes == 1:
+        return flag
+    shared = torch.tensor(float(flag), device=accelerator.device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return bool(shared.item())
+
+
+def loader_workers(recipe: Recipe) -> int:
+    """Loader processes for this rank: as asked, or this machine's cores shared among its ranks, at most 8."""
+    if recipe.train.workers is not None:
+        return recipe.train.workers
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(0, len(os.sched_getaffinity(0)) // ranks - 1)) if hasattr(os, "sched_getaffinity") else 2
+
+
+class StopRequest:
+    """While it is entered, the first SIGTERM, SIGINT or SIGUSR1 sets `asked`; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(Stopped.exit_code)
+        self.asked = True

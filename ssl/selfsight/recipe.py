@@ -1,0 +1,296 @@
+"""Recipes: typed, frozen YAML with `base:` inheritance and dotted overrides. Every knob is declared here, once.
+
+recipe = load("recipes/digits/mae.yaml", {"optim.lr": "1e-3"})
+"""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+
+from selfsight import plainyaml
+from selfsight.errors import UsageError
+from selfsight.objectives import OBJECTIVES
+from selfsight.objectives.configs import ObjectiveConfig
+from selfsight.section import Section
+
+MAX_BASES = 8
+
+
+class DataConfig(Section):
+    """Which images, and how they become tensors."""
+
+    train: str | list[str]
+    """Shards to learn from: paths with {000..009} braces, globs or folders, or digits:train. Labels are not used."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images are resized, in training and in evaluation."""
+    crop_pct: float = Field(1.0, gt=0, le=1)
+    """In evaluation, the share of the shorter side that the central crop keeps."""
+
+
+class EncoderConfig(Section):
+    """The Vision Transformer: any timm model by name, with any of its dimensions changed."""
+
+    name: str = "vit_tiny_patch16_224"
+    """A timm model; what follows changes it."""
+    image_size: int = Field(224, ge=1)
+    """Side of the square input, pixels."""
+    channels: int = Field(3, ge=1, le=32)
+    """Input channels."""
+    patch: int | None = Field(None, ge=1)
+    """Side of a patch, pixels; null: as the model has it."""
+    width: int | None = Field(None, ge=8)
+    """Width of a token; null: as the model has it."""
+    depth: int | None = Field(None, ge=1)
+    """Transformer blocks; null: as the model has it."""
+    heads: int | None = Field(None, ge=1)
+    """Attention heads; null: as the model has it."""
+    class_token: bool | None = None
+    """Whether there is a class token; null: as the model has it."""
+    registers: int | None = Field(None, ge=0)
+    """Register tokens (Darcet et al. 2024); null: as the model has it."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth: the share of samples that skip the last block, growing linearly from 0 at the first."""
+    positions: Literal["sincos", "learned"] = "sincos"
+    """Position embeddings: fixed 2D sine-cosine, or learned. Weights that bring their own keep them as the start."""
+    init: Literal["xavier", "timm"] = "xavier"
+    """Initial weights: MAE's (Xavier uniform, the stem too), or timm's own."""
+    weights: str | None = None
+    """Start from these: a timm tag (`timm`: the model's default; downloads), a .safetensors file, or an exported folder."""
+    pool: Literal["cls", "mean", "cls+mean", "head"] = "mean"
+    """How tokens become the feature of an image; head: the timm model's own way."""
+
+
+class OptimConfig(Section):
+    """AdamW with warmup and cosine decay; each a pure function of the step."""
+
+    lr: float = Field(1.5e-4, gt=0)
+    """Peak learning rate, for the batch size as given (nothing is scaled behind your back)."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the last step."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay; norms, biases, tokens and position embeddings are spared."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate from each block to the one before it; below 1 when continuing from weights."""
+    clip: float | None = Field(None, gt=0)
+    """Largest gradient norm; larger ones are scaled down to it."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; or give steps."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; or give epochs."""
+    batch_size: int = Field(256, ge=1)
+    """Images in one optimizer step, over all ranks and micro-batches."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches whose gradients are summed into one step, to fit in memory."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic; auto: bf16 on a GPU, fp32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: the GPU if there is one."""
+    compile: bool = False
+    """torch.compile for the transformer blocks: faster on a GPU after a minute of compiling."""
+    checkpoint_blocks: bool = False
+    """Recompute each block in the backward pass: a third slower, far less memory."""
+    workers: int | None = Field(None, ge=0)
+    """Loader processes for each rank; null: the cores shared among the machine's ranks, at most 8."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a running average of the encoder's weights, which is then what is scored and exported; null: none."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines in metrics.jsonl."""
+    save_every: int = Field(1000, ge=1)
+    """Steps between checkpoints; the first is written at step 1."""
+    keep: int = Field(2, ge=2)
+    """Checkpoints that are kept."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        return self
+
+
+class EvalConfig(Section):
+    """What is scored during and after training; needs labels, which training itself never sees."""
+
+    train: str | list[str] | None = None
+    """Labelled shards that probes are fitted on; null: no scores."""
+    test: str | list[str] | None = None
+    """Labelled shards that are scored once, at the end."""
+    every: int = Field(1000, ge=1)
+    """Steps between online kNN scores (on a held-out tenth of eval.train, never on eval.test)."""
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Candidate numbers of neighbours; one is chosen on the held-out tenth."""
+    online_samples: int = Field(5000, ge=20)
+    """Samples that the online score uses at most."""
+
+
+class Recipe(Section):
+    """A pretraining run."""
+
+    run_dir: Path
+    """Folder of the run: started if new, resumed if not finished."""
+    seed: int = Field(0, ge=0)
+    """Seed of the initial weights, the order, and every random choice."""
+    data: DataConfig
+    encoder: EncoderConfig = EncoderConfig()
+    objective: SerializeAsAny[ObjectiveConfig]
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Trackers that get the metrics too, through Accelerate (extra: pip install 'selfsight[track]')."""
+
+    def to_yaml(self) -> str:
+        """The whole recipe, every default written out."""
+        return plainyaml.dump(self.model_dump(mode="json"))
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe and what it is based on, apply overrides, and check every field.
+
+    Args:
+        path: a YAML file, or the name of a packaged recipe such as `digits/mae`.
+        overrides: dotted names to values; strings are read as YAML scalars.
+
+    Raises:
+        UsageError: with every wrong field, what was wrong, and the nearest right names.
+    """
+    tree = _with_bases(find(path), [])
+    for name, value in (overrides or {}).items():
+        _override(tree, name, plainyaml.parse(value, f"--{name}") if isinstance(value, str) else value)
+    return validate(tree, str(path))
+
+
+def packaged() -> Path:
+    """The folder of the recipes that come with the package."""
+    return Path(str(files("selfsight") / "recipes"))
+
+
+def packaged_recipes() -> list[tuple[str, str]]:
+    """Every packaged recipe with the first line of its head."""
+    found = []
+    for path in sorted(packaged().rglob("*.yaml")):
+        found.append((str(path.relative_to(packaged())), path.read_text().splitlines()[0].lstrip("# ")))
+    return found
+
+
+def find(path: str | Path) -> Path:
+    """The file of a recipe: as given, or among those of the package (with or without `recipes/` and `.yaml`)."""
+    if Path(path).is_file():
+        return Path(path)
+    for name in (str(path), f"{path}.yaml"):
+        if (packaged() / name.removeprefix("recipes/")).is_file() and not Path(name).is_absolute():
+            return packaged() / name.removeprefix("recipes/")
+    known = [name for name, _ in packaged_recipes()]
+    near = get_close_matches(str(path).removeprefix("recipes/"), known, 3, 0.4) or known[:3]
+    raise UsageError(f"{path}: no such recipe; nearest: {', '.join('recipes/' + name for name in near)}")
+
+
+def validate(tree: dict[str, Any], where: str) -> Recipe:
+    """A recipe from its parsed tree.
+
+    Raises:
+        UsageError: as for `load`.
+    """
+    problems: list[str] = []
+    objective = tree.get("objective")
+    if isinstance(objective, dict):
+        name = objective.get("name")
+        if name not in OBJECTIVES:
+            near = get_close_matches(str(name), OBJECTIVES, 3, 0.3)
+            known = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OBJECTIVES)}"
+            problems.append(f"objective.name: no objective {name!r}; {known}")
+        else:
+            fields = OBJECTIVES[name][0]
+            try:
+                tree = tree | {"objective": fields.model_validate(objective)}
+            except ValidationError as error:
+                problems += _explain(error, "objective.", fields)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems += [line for line in _explain(error, "", Recipe) if not line.startswith("objective") or not problems]
+        raise UsageError("\n".join(f"{where}: {line}" for line in problems)) from None
+    if problems:
+        raise UsageError("\n".join(f"{where}: {line}" for line in problems))
+    return recipe
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field below a model, as (dotted name, pydantic's field)."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and name != "objective":
+            yield from field_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    for problem in error.errors():
+        name = prefix + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = [prefix + field for field, _ in field_names(model)]
+            known += ["objective." + field for field, _ in field_names(ObjectiveConfig)] if not prefix else []
+            near = get_close_matches(name, known, 3, 0.6) or [
+                k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]
+            ]
+            yield f"{name}: no such field" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        elif problem["type"] == "missing":
+            yield f"{name}: is missing"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            value = problem["input"] if isinstance(problem["input"], str | int | float | bool | list | None) else None
+            yield f"{name or 'recipe'}: {message}" + (f", not {value!r}" if value is not None else "")
+
+
+def _with_bases(path: Path, above: list[Path]) -> dict[str, Any]:
+    if path.resolve() in above or len(above) >= MAX_BASES:
+        raise UsageError(f"{path}: its chain of base: files is circular or longer than {MAX_BASES}")
+    tree = plainyaml.read(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise UsageError(f"{path}: base: {base!r} is not a file beside it")
+    return _merge(_with_bases(path.parent / base, [*above, path.resolve()]), tree)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        # Another objective has other fields: nothing of the base's is kept.
+        other = key == "objective" and isinstance(value, dict) and isinstance(below, dict) and "name" in value
+        if isinstance(below, dict) and isinstance(value, dict) and not (other and value["name"] != below.get("name")):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(tree: dict[str, Any], name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    if last == "name" and sections == ["objective"] and tree.get("name") != value:
+        tree.clear()
+    tree[last] = value

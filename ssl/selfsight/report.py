@@ -1,0 +1,145 @@
+"""report.html: one page that needs nothing else. Curves, what the model sees and makes of it, scores beside floors."""
+
+import base64
+import platform
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import jinja2
+import numpy as np
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from selfsight import __version__, console
+from selfsight.assemble import Parts
+from selfsight.charts import Series, line_chart
+from selfsight.data.loader import to_device
+from selfsight.encoder import Preprocessing
+from selfsight.eval.features import channel_statistics
+from selfsight.export import timm_line
+from selfsight.run_folder import read_lines, write_atomically
+
+PICTURES = 8  # images in each row
+FLOORS = {
+    "random-init": "the same encoder, untrained",
+    "pixels": "no encoder: raw pixels",
+    "majority": "always the commonest class",
+}
+# Title, fields of metrics.jsonl, unit, what to look for.
+_CURVES = (
+    (
+        "Loss",
+        ("loss", "loss/floor"),
+        "",
+        "Below the dashed floor, the model predicts better than one that has learned nothing.",
+    ),
+    ("Online kNN", ("knn",), " %", "On a held-out tenth of the labelled training set; the test set is not touched."),
+    ("RankMe", ("rankme",), "", "Dimensions in use. A fall towards 1 is collapse."),
+    ("Learning rate", ("lr",), "", "Warmup, then half a cosine."),
+    ("Gradient norm", ("grad_norm",), "", "Spikes that come back ask for a lower rate or optim.clip."),
+    ("Images per second", ("images_per_second",), "", "Over all ranks."),
+    ("Waiting for data", ("data_wait",), "", "Share of the time; above 0.1 more train.workers help."),
+)
+
+
+def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.device) -> Path:
+    """Write the page into the run folder."""
+    folder, made = parts.recipe.run_dir, parts.encoder.preprocessing
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    lines = read_lines(folder / "metrics.jsonl")
+    page = environment.get_template("report.html.j2").render(
+        name=folder.name,
+        objective=parts.recipe.objective.name,
+        samples=len(parts.shards),
+        steps=parts.steps,
+        passes=parts.epoch(parts.steps),
+        image=f"{made.image_size} × {made.image_size} × {made.channels}",
+        parameters=sum(p.numel() for p in parts.encoder.parameters()) / 1e6,
+        architecture=parts.recipe.encoder.name,
+        charts=_charts(lines),
+        rows=picture_rows(parts, device),
+        scores=_score_rows(scores),
+        evaluators=[name for name in dict.fromkeys(s["evaluator"] for s in scores) if name != "majority"],
+        protocols=[s for s in scores if s["encoder"] == "pretrained"],
+        test_samples=scores[0]["samples"] if scores else 0,
+        load_line=timm_line(folder / "encoder"),
+        recipe=parts.recipe.to_yaml(),
+        environment=_environment(device),
+    )
+    write_atomically(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
+    charts = []
+    for title, fields, unit, hint in _CURVES:
+        series = [
+            Series(
+                field.rpartition("/")[2],
+                [(line["step"], line[field]) for line in lines if field in line],
+                field == "loss/floor",
+            )
+            for field in fields
+        ]
+        if drawn := line_chart(series, unit, title):
+            last = next(s.points[-1][1] for s in series if s.points)
+            charts.append({"title": title, "svg": drawn, "hint": hint, "last": f"{last:.4g}{unit}"})
+    return charts
+
+
+@torch.no_grad()
+def picture_rows(parts: Parts, device: torch.device) -> list[dict[str, Any]]:
+    """The objective's pictures of the first training images, one row a caption."""
+    batches = parts.batches()
+    host = batches[0]
+    few = host._replace(views=tuple(view[:PICTURES] for view in host.views), positions=host.positions[:PICTURES])
+    mean, std = channel_statistics(parts.encoder.preprocessing, device)
+    parts.objective.eval()
+    shown = parts.objective.pictures(to_device(few, device, mean, std, parts.recipe.seed))
+    parts.objective.train()
+    return [
+        {"caption": caption, "images": [png(image, parts.encoder.preprocessing) for image in images.cpu()]}
+        for caption, images in shown.items()
+    ]
+
+
+def png(image: Tensor, made: Preprocessing) -> str:
+    """A normalised image (C, S, S) as a data URL; 1 or 3 channels as they are, of more the first."""
+    mean, std = channel_statistics(made, image.device)
+    pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().numpy()
+    array = np.moveaxis(pixels, 0, -1) if len(pixels) == 3 else pixels[0]
+    out = BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(out, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _score_rows(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    evaluators = [name for name in dict.fromkeys(s["evaluator"] for s in scores) if name != "majority"]
+    for encoder in dict.fromkeys(s["encoder"] for s in scores):
+        own = {s["evaluator"]: s for s in scores if s["encoder"] == encoder}
+        cells = [own.get(name) or own.get("majority") for name in evaluators]
+        bars = [{"text": console.format_score(cell), "value": cell["value"] if cell else 0.0} for cell in cells]
+        rows.append({"encoder": encoder, "note": FLOORS.get(encoder, "this run's export"), "bars": bars})
+    return rows
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.processor() or platform.machine()} CPU"
+    )
+    versions = {"selfsight": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions |= {"timm": timm.__version__, "accelerate": accelerate.__version__, "Python": platform.python_version()}
+    return {
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "system": platform.platform(terse=True),
+    } | versions

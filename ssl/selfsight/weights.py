@@ -1,0 +1,100 @@
+"""Continuing from somebody's weights: every tensor is loaded, adapted in a way that is said, or named in an error."""
+
+from math import isqrt
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers.patch_embed import resample_patch_embed
+from timm.models import adapt_input_conv
+from torch import Tensor
+
+from selfsight.encoder import Encoder, resample_positions
+from selfsight.errors import UsageError
+
+STEM, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+_TRAINED = "encoder.backbone."  # where an encoder's tensors lie in a training checkpoint
+
+
+def load_weights(encoder: Encoder, source: str, architecture: str) -> list[str]:
+    """Load `source` into the encoder's backbone; the answer says what was done, line by line.
+
+    Args:
+        source: "timm" (the default weights of `architecture`) or a timm tag, which downloads; a .safetensors file; or a
+            folder with model.safetensors (an export of ours or timm's, or a training checkpoint).
+        architecture: the timm model that the encoder is.
+
+    Raises:
+        UsageError: no such file, or tensors that are missing, unexpected or of another shape; all are named.
+    """
+    found, lines = _read(source, architecture), []
+    dropped = sorted(name for name in found if name.startswith("head."))
+    if dropped:
+        lines.append(f"classifier left out: {', '.join(dropped)}")
+    found = {name: tensor for name, tensor in found.items() if name not in dropped}
+    wanted = encoder.backbone.state_dict()
+    for name in (STEM, POSITIONS):
+        if name in found and name in wanted and found[name].shape != wanted[name].shape:
+            adapted = _adapt(name, found[name], wanted[name], encoder)
+            lines.append(f"{name}: {_shape(found[name])} resampled to {_shape(wanted[name])}")
+            found[name] = adapted
+    _refuse_mismatch(source, found, wanted)
+    encoder.backbone.load_state_dict(found, strict=True)
+    return [f"loaded all {len(wanted)} tensors from {source}", *lines]
+
+
+def _read(source: str, architecture: str) -> dict[str, Tensor]:
+    path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+    if path.is_file():
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise UsageError(f"encoder.weights: {path}: not a safetensors file ({error})") from None
+        trained = {name.removeprefix(_TRAINED): tensor for name, tensor in tensors.items() if name.startswith(_TRAINED)}
+        return trained or tensors
+    name = architecture if source == "timm" else source
+    if path.suffix or not timm.is_model(name.split(".")[0]):
+        raise UsageError(
+            f"encoder.weights: {source}: neither a .safetensors file, nor a folder with one, nor a timm tag"
+        )
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except (OSError, RuntimeError, ValueError) as error:  # the hub's many ways of saying no
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"encoder.weights: {name}: could not be fetched by timm ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _adapt(name: str, tensor: Tensor, wanted: Tensor, encoder: Encoder) -> Tensor:
+    """A stem for other channels or patches, or a position table for another grid."""
+    if name == STEM and tensor.ndim == 4 and tensor.shape[0] == wanted.shape[0]:
+        tensor = resample_patch_embed(tensor, list(wanted.shape[-2:]))
+        return adapt_input_conv(wanted.shape[1], tensor, tensor.shape[1])
+    if name == POSITIONS and tensor.shape[-1] == wanted.shape[-1]:
+        prefix = wanted.shape[1] - encoder.grid[0] * encoder.grid[1]
+        side = isqrt(tensor.shape[1] - prefix)
+        if side * side == tensor.shape[1] - prefix:
+            return resample_positions(encoder, tensor, (side, side))
+    return tensor
+
+
+def _refuse_mismatch(source: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    shapes = [
+        f"{n} {_shape(found[n])} for {_shape(wanted[n])}"
+        for n in wanted
+        if n in found and found[n].shape != wanted[n].shape
+    ]
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "of another shape": shapes,
+    }
+    told = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if told:
+        raise UsageError(f"encoder.weights: {source} is of another architecture; tensors {'; '.join(told)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

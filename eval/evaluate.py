@@ -13,10 +13,11 @@ from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import UsageError
 from selfsight.eval.features import Features, extract, pixels_of
 from selfsight.eval.knn import DEFAULT_K, TEMPERATURE, knn, refuse_unknown_classes
-from selfsight.eval.linear import DECAYS, RATES, linear
+from selfsight.eval.linear import DECAYS, RATES, SEEDS, linear
 
 Score = dict[str, Any]
 EVALUATORS = ("knn", "linear")
+TWINS = 3  # untrained encoders behind the random-init floor
 
 
 def evaluate(
@@ -54,22 +55,23 @@ def evaluate(
     live = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
     live = live.to(device)
     scores: list[Score] = []
-    sources: dict[str, Callable[[], tuple[Features, Features]]] = {
-        "pretrained": lambda: _features(live, sets, device, workers),
-        "random-init": lambda: _features(_twin(live).to(device), sets, device, workers),
-        "pixels": lambda: (
-            pixels_of(sets[0], live.preprocessing, workers),
-            pixels_of(sets[1], live.preprocessing, workers),
-        ),
-    }
-    for name, features in sources.items():
-        say(f"scoring {name}")
-        fit, held = features()
-        refuse_unknown_classes(fit.labels, held.labels)
-        pool = live.pool if name != "pixels" else "pixels"
-        for evaluator in evaluators:
-            scores.append({"encoder": name, "evaluator": evaluator} | _score(evaluator, fit, held, pool, k))
-    scores.append({"encoder": "majority", "evaluator": "majority"} | _majority(fit, held))
+    # One at a time: the features of several encoders would not fit beside each other.
+    say("scoring the pretrained encoder")
+    fit, held = _features(live, sets, device, workers)
+    refuse_unknown_classes(fit.labels, held.labels)
+    for evaluator in evaluators:
+        scores.append({"encoder": "pretrained"} | _score(evaluator, fit, held, live.pool, k))
+    say(f"scoring the floors: {TWINS} untrained twins, raw pixels")
+    twins = []
+    for seed in range(TWINS):
+        twin = build_encoder(live.config, live.preprocessing, seed).to(device)
+        fit, held = _features(twin, sets, device, workers)
+        twins.append([_score(evaluator, fit, held, live.pool, k, probe_seeds=1) for evaluator in evaluators])
+    scores += [{"encoder": "random-init"} | _mean_score(parts) for parts in zip(*twins, strict=True)]
+    fit, held = (pixels_of(shards, live.preprocessing, workers) for shards in sets)
+    for evaluator in evaluators:
+        scores.append({"encoder": "pixels"} | _score(evaluator, fit, held, "pixels", k))
+    scores.append({"encoder": "majority"} | _majority(fit, held))
     shared = {"train": sets[0].spec, "test": sets[1].spec, "samples": len(sets[1])}
     return {"scores": [score | shared for score in scores]}
 
@@ -87,34 +89,39 @@ def _pools(encoder: Encoder) -> tuple[str, ...]:
     return (encoder.pool, *[pool for pool in others if pool != encoder.pool])
 
 
-def _twin(encoder: Encoder) -> Encoder:
-    """The same architecture with fresh weights."""
-    return build_encoder(encoder.config, encoder.preprocessing, seed=0)
-
-
-def _score(evaluator: str, fit: Features, held: Features, pool: str, k: Sequence[int]) -> Score:
+def _score(
+    evaluator: str, fit: Features, held: Features, pool: str, k: Sequence[int], probe_seeds: int = SEEDS
+) -> Score:
     if evaluator == "knn":
         near = knn(fit.vectors[pool], fit.labels, held.vectors[pool], held.labels, k)
+        values: tuple[float, ...] = (near.accuracy,)
+        chosen: dict[str, Any] = {"k": near.k, "pool": pool}
         protocol = (
-            f"kNN: cosine, weights exp(s/{TEMPERATURE}), k={near.k} chosen from {near.candidates} on a held-out tenth of train; "
-            f"features: {pool}, fp32; selfsight {__version__}"
+            f"kNN: cosine, weights exp(s/{TEMPERATURE}), k={near.k} chosen from {near.candidates} on a held-out tenth of "
+            f"train; features: {pool}, fp32; selfsight {__version__}"
         )
-        return {"value": near.accuracy, "std": 0.0, "n": 1, "protocol": protocol, "chosen": {"k": near.k, "pool": pool}}
-    probe = linear(fit.vectors, fit.labels, held.vectors, held.labels)
-    protocol = (
-        f"linear: {len(RATES)} rates x {len(DECAYS)} decays x {len(fit.vectors)} pools, rate {probe.rate:g}, decay {probe.decay:g}, "
-        f"{probe.pool} chosen on a held-out tenth of train, refitted on all of it, {len(probe.accuracies)} seeds; "
-        f"standardised features, fp32; selfsight {__version__}"
-    )
-    chosen = {"rate": probe.rate, "decay": probe.decay, "pool": probe.pool}
-    spread = stdev(probe.accuracies)
-    return {
-        "value": mean(probe.accuracies),
-        "std": spread,
-        "n": len(probe.accuracies),
-        "protocol": protocol,
-        "chosen": chosen,
-    }
+    else:
+        probe = linear(fit.vectors, fit.labels, held.vectors, held.labels, probe_seeds)
+        values = probe.accuracies
+        chosen = {"rate": probe.rate, "decay": probe.decay, "pool": probe.pool}
+        protocol = (
+            f"linear: {len(RATES)} rates x {len(DECAYS)} decays x {len(fit.vectors)} pools; rate {probe.rate:g}, decay "
+            f"{probe.decay:g}, {probe.pool} chosen on a held-out tenth of train, refitted on all of it; standardised "
+            f"features, fp32; selfsight {__version__}"
+        )
+    return {"evaluator": evaluator, **_spread(values), "protocol": protocol, "chosen": chosen}
+
+
+def _mean_score(parts: Sequence[Score]) -> Score:
+    """One score of several initialisations: mean and deviation over them; each chose for itself."""
+    protocol = f"mean over {len(parts)} initialisations, each as: {parts[0]['protocol']}"
+    chosen = [part["chosen"] for part in parts]
+    values = tuple(part["value"] for part in parts)
+    return {"evaluator": parts[0]["evaluator"], **_spread(values), "protocol": protocol, "chosen": chosen}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"value": mean(values), "std": stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
 
 
 def _majority(fit: Features, held: Features) -> Score:

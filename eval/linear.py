@@ -32,7 +32,11 @@ class LinearResult(NamedTuple):
 
 
 def linear(
-    train: Mapping[str, Tensor], train_labels: Tensor, test: Mapping[str, Tensor], test_labels: Tensor
+    train: Mapping[str, Tensor],
+    train_labels: Tensor,
+    test: Mapping[str, Tensor],
+    test_labels: Tensor,
+    seeds: int = SEEDS,
 ) -> LinearResult:
     """Choose pool, rate and decay on a held-out tenth of train, refit on all of train, score test once a seed.
 
@@ -45,21 +49,19 @@ def linear(
     refuse_unknown_classes(train_labels, test_labels)
     fit, choose = held_out(len(train_labels))
     heads = [(rate, decay) for rate in RATES for decay in DECAYS]
-    chosen, best = None, -1.0
+    tried: list[tuple[float, float, str, float, float]] = []
     for pool, features in train.items():
         scale = Standardizer(features[fit])
         weights = fit_heads(scale(features[fit]), train_labels[fit], heads, seed=0)
-        accuracy = score(weights, scale(features[choose]), train_labels[choose])
-        if accuracy.max().item() > best:
-            best, chosen = accuracy.max().item(), (pool, *heads[int(accuracy.argmax())])
-    assert chosen is not None
-    pool, rate, decay = chosen
+        accuracies, losses = score(weights, scale(features[choose]), train_labels[choose])
+        tried += [(a, -loss, pool, *head) for a, loss, head in zip(accuracies, losses, heads, strict=True)]
+    _, _, pool, rate, decay = max(tried)  # a tenth is small: among equal accuracies the lowest cross-entropy wins
     scale = Standardizer(train[pool])
-    accuracies = []
-    for seed in range(SEEDS):
+    final = []
+    for seed in range(seeds):
         weights = fit_heads(scale(train[pool]), train_labels, [(rate, decay)], seed)
-        accuracies.append(score(weights, scale(test[pool]), test_labels).item())
-    return LinearResult(tuple(accuracies), pool, rate, decay)
+        final += score(weights, scale(test[pool]), test_labels)[0]
+    return LinearResult(tuple(final), pool, rate, decay)
 
 
 class Standardizer:
@@ -107,8 +109,10 @@ def fit_heads(features: Tensor, labels: Tensor, heads: list[tuple[float, float]]
     return weights
 
 
-def score(weights: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """Accuracy of each head, percent: (H,). A head that diverged scores 0."""
-    logits = (features.to(weights.device) @ weights.flatten(1)).view(len(features), *weights.shape[1:])
-    hits = logits.argmax(-1).cpu() == labels[:, None]
-    return 100 * (hits & logits.isfinite().all(-1).cpu()).double().mean(0)
+def score(weights: Tensor, features: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
+    """Accuracy (percent) and mean cross-entropy of each of the H heads. A head that diverged has 0 and infinity."""
+    logits = (features.to(weights.device) @ weights.flatten(1)).view(len(features), *weights.shape[1:]).double().cpu()
+    finite = logits.isfinite().all(-1).all(0)
+    hits = (logits.argmax(-1) == labels[:, None]).double().mean(0)
+    losses = -logits.log_softmax(-1)[torch.arange(len(labels)), :, labels].mean(0)
+    return (100 * hits * finite).tolist(), torch.where(finite, losses, torch.inf).tolist()

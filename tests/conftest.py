@@ -1,0 +1,81 @@
+"""What several tests share: small shards, small recipes, and no network."""
+
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch: spinning threads starve a machine of two cores
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from selfsight.data.build import write_shards
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["SELFSIGHT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(1)
+
+
+def pictures(count: int, size: tuple[int, int] = (8, 8), classes: int = 2, seed: int = 0, mode: str = "L") -> list[Any]:
+    """Noise whose brightness tells the class."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+        pixels = rng.integers(0, 120, shape) + 100 * (i % classes) // max(1, classes - 1)
+        made.append((Image.fromarray(pixels.astype(np.uint8)), i % classes))
+    return made
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 grey 8 x 8 images of two classes in three shards."""
+    folder = tmp_path_factory.mktemp("small")
+    write_shards(iter(pictures(120)), folder, "small", per_shard=50)
+    return folder
+
+
+@pytest.fixture
+def small_fields(small_shards: Path, tmp_path: Path) -> dict[str, Any]:
+    """Overrides that make any digits recipe a run of a second."""
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "data.train": str(small_shards),
+        "encoder.width": 16,
+        "encoder.depth": 1,
+        "objective.decoder_width": 16,
+        "train.epochs": None,
+        "train.steps": 6,
+        "train.batch_size": 8,
+        "train.log_every": 1,
+        "train.save_every": 3,
+        "eval.train": None,
+        "eval.test": None,
+    }
+
+
+@pytest.fixture
+def selfsight() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command as a user does, in a process of its own."""
+
+    def run(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "selfsight", *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    return run

@@ -1,0 +1,158 @@
+"""Packing images from every kind of source."""
+
+import gzip
+import json
+import lzma
+import os
+import struct
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, pictures
+from PIL import Image
+from test_tar import make_tar
+
+from selfsight import cli
+from selfsight.data.build import Encoding, build
+from selfsight.data.check import check
+from selfsight.data.decode import open_image
+from selfsight.data.shards import Shards
+from selfsight.errors import DataError, UsageError
+
+CIFAR = ROOT.parent / "shared" / "data" / "cifar10"
+
+
+def fill(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), size: tuple[int, int] = (40, 30)) -> None:
+    for i, (image, _) in enumerate(pictures(6, size, mode="RGB")):
+        target = folder / classes[i % len(classes)] if classes else folder
+        target.mkdir(parents=True, exist_ok=True)
+        image.save(target / f"{i}.{'jpg' if i % 2 else 'png'}")
+
+
+def test_a_folder_of_classes(tmp_path: Path) -> None:
+    fill(tmp_path / "src")
+    built = build(str(tmp_path / "src"), tmp_path / "out")
+    assert (built.samples, built.classes, built.shards) == (6, 2, 1)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
+    shards = Shards(str(tmp_path / "out"))
+    assert shards.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    originals = [path.read_bytes() for path in sorted((tmp_path / "src").rglob("*.*"))]
+    assert [shards.read(i) for i in range(6)] == originals
+    with tarfile.open(shards.paths[0]) as tar:  # any other tool reads it
+        assert sorted(tar.getnames())[:2] == ["000000000.cls", "000000000.png"]
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
+    fill(tmp_path / "src", classes=())
+    assert build(str(tmp_path / "src"), tmp_path / "out").classes == 0
+    assert Shards(str(tmp_path / "out")).labels.tolist() == [-1] * 6
+    fill(tmp_path / "src2")
+    assert build(str(tmp_path / "src2"), tmp_path / "out2", unlabelled=True).classes == 0
+
+
+def test_short_side_and_format(tmp_path: Path) -> None:
+    fill(tmp_path / "src")
+    build(str(tmp_path / "src"), tmp_path / "out", encoding=Encoding(short_side=15, format="webp", quality=80))
+    shards = Shards(str(tmp_path / "out"))
+    images = [open_image(shards.read(i)) for i in range(6)]
+    assert {(image.format, image.size) for image in images} == {("WEBP", (20, 15))}
+
+
+def test_small_images_are_not_enlarged_and_orientation_is_applied(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (10, 20), "red").save(tmp_path / "src" / "a.jpg", exif=exif)
+    build(str(tmp_path / "src"), tmp_path / "out", encoding=Encoding(short_side=64))
+    assert open_image(Shards(str(tmp_path / "out")).read(0)).size == (20, 10)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".tar", bytes), (".tar.gz", gzip.compress), (".tar.xz", lzma.compress)])
+def test_tars_are_unpacked_and_not_rewritten(tmp_path: Path, suffix: str, pack: type) -> None:
+    raw = make_tar([("x.png", _png()), ("x.cls", b"4"), ("y.png", _png()), ("y.cls", b"5")])
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / f"set{suffix}").write_bytes(pack(raw))
+    for source in (tmp_path / "src", tmp_path / "src" / f"set{suffix}", f"{tmp_path}/src/set*{suffix}"):
+        out = tmp_path / f"out-{len(os.listdir(tmp_path))}"
+        assert build(str(source), out).samples == 2
+        assert (out / "set.tar").read_bytes() == raw
+    build(str(tmp_path / "src"), tmp_path / "again", encoding=Encoding(format="jpeg"))
+    assert Shards(str(tmp_path / "again")).labels.tolist() == [4, 5]
+
+
+def test_a_torchvision_dataset_by_name(tmp_path: Path) -> None:
+    raw = tmp_path / "root" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
+    for part, count in (("train", 7), ("t10k", 3)):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 2051, count, 28, 28) + pixels[:count].tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
+    assert build("FashionMNIST", tmp_path / "train", root=tmp_path / "root").samples == 7
+    built = build("FashionMNIST", tmp_path / "test", root=tmp_path / "root", split="test")
+    shards = Shards(str(built.folder))
+    assert shards.labels.tolist() == [0, 1, 2]
+    assert np.array_equal(np.asarray(open_image(shards.read(2))), pixels[2])
+    assert json.loads((tmp_path / "test" / "classes.json").read_text())[0] == "T-shirt/top"
+    with pytest.raises(DataError, match="--download lets torchvision fetch it"):
+        build("CIFAR10", tmp_path / "none", root=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="did you mean CIFAR10"):
+        build("CIFAR-10", tmp_path / "none")
+
+
+def test_nothing_half_built_remains(tmp_path: Path) -> None:
+    fill(tmp_path / "src")
+    (tmp_path / "src" / "cat" / "bad.jpg").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"bad.jpg: not an image"):
+        build(str(tmp_path / "src"), tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["src"]
+    with pytest.raises(UsageError, match="exists already"):
+        build("digits:train", tmp_path / "src")
+    with pytest.raises(DataError, match="no images below"):
+        (tmp_path / "empty").mkdir()
+        build(str(tmp_path / "empty"), tmp_path / "out")
+
+
+def test_digits_are_scikit_learns(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    build("digits:test", tmp_path / "out")
+    shards = Shards(str(tmp_path / "out"))
+    pixels, labels = load_digits(return_X_y=True)
+    assert shards.labels.tolist() == labels[4::5].tolist()
+    stored = np.stack([np.asarray(open_image(shards.read(i))) for i in range(len(shards))])
+    assert np.array_equal(np.rint(stored.astype(float) * 16 / 255), pixels[4::5].reshape(-1, 8, 8))
+
+
+def test_check_finds_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [("a.png", _png()), ("a.cls", b"1"), ("b.png", _png()), ("b.cls", b"2"), ("c.jpg", b"\xff\xd8\xff broken")]
+    (tmp_path / "x.tar").write_bytes(make_tar(files))
+    assert cli.main(["shards", "index", str(tmp_path / "x.tar")]) == 0
+    assert capsys.readouterr().out == "3 samples in 1 shards indexed\n"
+    found = check(Shards(str(tmp_path)))
+    assert (found["samples"], found["labels"], found["unlabelled"], found["duplicates"]) == (3, {1: 1, 2: 1}, 1, 1)
+    assert found["kinds"] == {"PNG RGB": 2}
+    assert [bad["sample"] for bad in found["bad"]] == ["x.tar@4608"]
+    assert cli.main(["shards", "check", str(tmp_path)]) == 65
+    shown = capsys.readouterr()
+    assert "exact duplicates" in shown.out
+    assert "x.tar@4608: " in shown.err
+
+
+@pytest.mark.skipif(not CIFAR.is_dir(), reason="the packed CIFAR-10 shards are not on this machine")
+def test_real_cifar10_shards_unpack_and_read(tmp_path: Path) -> None:
+    built = build(str(CIFAR / "cifar10-test-000000.tar.xz"), tmp_path / "out")
+    assert (built.samples, built.classes) == (5000, 10)
+    shards = Shards(str(tmp_path / "out"))
+    pixels = np.stack([np.asarray(open_image(shards.read(i))) for i in range(0, 5000, 5)]) / 255
+    assert np.allclose(pixels.mean((0, 1, 2)), [0.494, 0.485, 0.450], atol=0.02)
+
+
+def _png() -> bytes:
+    out = BytesIO()
+    Image.new("RGB", (4, 4), "blue").save(out, "PNG")
+    return out.getvalue()

@@ -5,7 +5,7 @@ workers changes nothing, and neither does where the run starts.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,8 +80,18 @@ def loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLoa
     if context is not None:
         context.set_forkserver_preload(["selfsight.data.loader"])
     return DataLoader(
-        dataset, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin, multiprocessing_context=context
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        multiprocessing_context=context,
     )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 @dataclass(frozen=True)

@@ -293,8 +293,11 @@ def build_encoder(config: EncoderConfig, preprocessing: Preprocessing, seed: int
 
 def _model_options(config: EncoderConfig) -> dict[str, Any]:
     """timm's keyword arguments for the fields that are set."""
-    with torch.device("meta"):  # a skeleton, only to see which class it is
-        accepted = inspect.signature(type(_skeleton(config.name)).__init__).parameters
+    with torch.device("meta"):  # only to see which class it is and what it has by itself
+        skeleton = _skeleton(config.name)
+    if isinstance(skeleton, VisionTransformer | Eva):
+        _check_dimensions(skeleton, config)
+    accepted = inspect.signature(type(skeleton).__init__).parameters
     options: dict[str, Any] = {"in_chans": config.channels, "drop_path_rate": config.drop_path}
     for field, spellings in _OPTIONS.items():
         value = getattr(config, field)
@@ -305,17 +308,28 @@ def _model_options(config: EncoderConfig) -> dict[str, Any]:
             raise UsageError(f"encoder.{field}: {config.name} has no such option")
     if "dynamic_img_size" in accepted:
         options["dynamic_img_size"] = False
-    if config.pool != "head" and (
-        norm := next((name for name in ("fc_norm", "use_fc_norm") if name in accepted), None)
-    ):
-        # The last norm stands before the pool, so that timm's own output is exactly ours.
+    norm = next((name for name in ("fc_norm", "use_fc_norm") if name in accepted), None)
+    if (
+        config.pool != "head" and norm
+    ):  # the last norm stands before the pool, so that timm's own output is exactly ours
         options |= {"global_pool": "avg" if config.pool == "mean" else "token", norm: False}
-    patch, width, heads = config.patch, config.width, config.heads
-    if patch and config.image_size % patch:
-        raise UsageError(f"encoder.image_size: {config.image_size} is not a multiple of the patch of {patch} pixels")
-    if width and heads and width % heads:
-        raise UsageError(f"encoder.width: {width} is not a multiple of the {heads} heads")
     return options
+
+
+def _check_dimensions(skeleton: Any, config: EncoderConfig) -> None:
+    """Raise UsageError for dimensions that do not fit each other, whether given or the model's own."""
+    patch = config.patch or skeleton.patch_embed.patch_size[0]
+    width = config.width or skeleton.embed_dim
+    heads = config.heads or skeleton.blocks[0].attn.num_heads
+    has_class_token = skeleton.cls_token is not None if config.class_token is None else config.class_token
+    if config.image_size % patch:
+        raise UsageError(f"encoder.image_size: {config.image_size} is not a multiple of the patch of {patch} pixels")
+    if width % heads:
+        raise UsageError(f"encoder.width: {width} is not a multiple of the {heads} heads")
+    if width % 4 and config.positions == "sincos":
+        raise UsageError(f"encoder.width: {width} is not a multiple of 4, as encoder.positions sincos needs")
+    if "cls" in config.pool and not has_class_token:
+        raise UsageError(f"encoder.pool: {config.pool}: this model has no class token; use mean or head")
 
 
 def _skeleton(name: str) -> nn.Module:

@@ -41,7 +41,7 @@ class MAE(Objective):
         self.blocks = nn.Sequential(
             *[Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)]
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         self.predict = nn.Linear(width, encoder.patch**2 * encoder.preprocessing.channels)
         self.register_buffer("positions", sincos(width, encoder.grid, encoder.prefix_tokens), persistent=False)
         self.positions: Tensor

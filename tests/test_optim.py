@@ -1,0 +1,82 @@
+"""Schedules and groups against formulas written out."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from selfsight.data.views import View
+from selfsight.encoder import build_encoder, preprocessing_of
+from selfsight.objectives import build_objective
+from selfsight.objectives.configs import MAEConfig
+from selfsight.optim import build_optimizer, lr_at, move_average, set_lr
+from selfsight.recipe import DataConfig, EncoderConfig, OptimConfig
+
+ENCODER = EncoderConfig(image_size=8, channels=1, patch=2, width=16, depth=3, heads=2, registers=1)
+
+
+def test_the_rate_is_warmup_and_cosine() -> None:
+    config, steps = OptimConfig(lr=2.0, min_lr=0.5, warmup=0.1), 100
+    for step in range(steps):
+        cosine = 0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 90))
+        expected = 2.0 * (step + 1) / 11 if step < 10 else cosine
+        assert lr_at(step, steps, config) == pytest.approx(expected)
+    assert lr_at(10, steps, config) == 2.0
+    assert lr_at(0, steps, OptimConfig(lr=1.0, warmup=0.0)) == 1.0
+    assert max(lr_at(s, 1, OptimConfig(lr=1.0, warmup=1.0)) for s in range(1)) <= 1.0
+
+
+def test_the_cosine_is_torchs() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=3.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50, eta_min=0.1)
+    for step in range(50):
+        assert lr_at(step, 50, OptimConfig(lr=3.0, min_lr=0.1, warmup=0.0)) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+def test_groups() -> None:
+    encoder = build_encoder(ENCODER, preprocessing_of(DataConfig(train="x"), ENCODER), 0)
+    objective = build_objective(MAEConfig(decoder_width=8, decoder_depth=1, decoder_heads=2, view=View()), encoder)
+    optimizer = build_optimizer(objective, encoder, OptimConfig(layer_decay=0.5, weight_decay=0.3))
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    named = dict(objective.named_parameters())
+    assert (
+        len(of) == sum(p.requires_grad for p in named.values()) == sum(len(g["params"]) for g in optimizer.param_groups)
+    )
+    expected = {
+        "encoder.backbone.patch_embed.proj.weight": (0.3, 0.5**4),
+        "encoder.backbone.patch_embed.proj.bias": (0.0, 0.5**4),
+        "encoder.backbone.cls_token": (0.0, 0.5**4),
+        "encoder.backbone.reg_token": (0.0, 0.5**4),
+        "encoder.backbone.blocks.0.attn.qkv.weight": (0.3, 0.5**3),
+        "encoder.backbone.blocks.2.attn.qkv.weight": (0.3, 0.5),
+        "encoder.backbone.blocks.2.norm1.weight": (0.0, 0.5),
+        "encoder.backbone.norm.weight": (0.0, 1.0),
+        "embed.weight": (0.3, 1.0),
+        "mask_token": (0.0, 1.0),
+        "predict.bias": (0.0, 1.0),
+    }
+    for name, (decay, scale) in expected.items():
+        assert (of[id(named[name])]["weight_decay"], of[id(named[name])]["scale"]) == (decay, scale), name
+    assert id(named["encoder.backbone.pos_embed"]) not in of  # fixed
+    set_lr(optimizer, 2.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {2.0 * 0.5**n for n in (0, 1, 2, 3, 4)}
+
+
+def test_the_average_is_a_running_one() -> None:
+    torch.manual_seed(0)
+    live, average = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    expected = {name: value.clone() for name, value in average.state_dict().items()}
+    for _ in range(5):
+        for value in (live.weight, live.bias, live.running_mean):
+            assert value is not None
+            value.data.normal_()
+        move_average(average, live, 0.9)
+        for name, value in live.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = 0.9 * expected[name] + 0.1 * value
+    for name, value in average.state_dict().items():
+        assert torch.allclose(value, expected[name]), name

@@ -1,0 +1,174 @@
+"""Recipes: what is read, what is refused, and how it is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfsight import plainyaml
+from selfsight.errors import UsageError
+from selfsight.recipe import Recipe, load, packaged_recipes
+
+MINIMAL = "run_dir: r\ndata: {train: x.tar}\nobjective: {name: mae}\ntrain: {epochs: 1}\n"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-4", 5e-4), ("1e5", 1e5), ("-1.5E+3", -1500.0), (".5", 0.5), ("1.", 1.0), ("3", 3), ("-3", -3), ("0123", 123),
+        ("1_000", 1000), ("no", "no"), ("off", "off"), ("yes", "yes"), ("true", True), ("False", False), ("null", None),
+        ("~", None), ("1:30", "1:30"), ("0x10", "0x10"), ("0o17", "0o17"), ("2024-01-01", "2024-01-01"), ("1.2.3", "1.2.3"),
+        ("e5", "e5"), ("'5'", "5"), (".inf", float("inf")), ("=", "="), ("<<", "<<"),
+    ],
+)  # fmt: skip
+def test_scalars(text: str, value: Any) -> None:
+    assert plainyaml.parse(f"a: {text}", "t") == {"a": value}
+    assert type(plainyaml.parse(text, "t")) is type(value)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
+
+
+@given(
+    st.recursive(
+        SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    )
+)
+def test_what_is_dumped_is_read_back(value: Any) -> None:
+    again = plainyaml.parse(plainyaml.dump(value), "t")
+    assert again == value
+    assert type(again) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2", "line 2: the key 'a' stands twice"),
+        ("a: {b: 1, b: 2}", "'b' stands twice"),
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("a: !!python/object/apply:os.system ['touch /tmp/x']", "could not determine a constructor"),
+        ("a: !!python/name:os.system", "could not determine a constructor"),
+        ("a: !thing 1", "could not determine a constructor"),
+        ("[" * 50, "levels deep"),
+        ("a: b: c", "mapping values"),
+        ("- 1\n-2: [", "not a readable recipe"),
+        ("a: \x00", "not a readable recipe"),
+    ],
+)
+def test_what_is_not_read(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("*", r"\*")):
+        plainyaml.parse(text, "t")
+
+
+def test_an_alias_bomb_and_a_large_file_are_refused(tmp_path: Path) -> None:
+    bomb = "a: &a [x,x]\n" + "".join(
+        f"{c}: &{c} [{', '.join('*' + chr(ord(c) - 1) for _ in range(9))}]\n" for c in "bcdefghi"
+    )
+    with pytest.raises(UsageError, match="aliases"):
+        plainyaml.parse(bomb, "t")
+    with pytest.raises(UsageError, match="larger than"):
+        plainyaml.read(write(tmp_path / "r.yaml", "#" * 1_000_001))
+
+
+def test_a_recipe_is_typed_and_frozen(tmp_path: Path) -> None:
+    recipe = load(write(tmp_path / "r.yaml", MINIMAL + "optim: {lr: 5e-4}\n"))
+    assert recipe.optim.lr == 5e-4
+    assert recipe.objective.name == "mae"
+    assert recipe.encoder.image_size == 224
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+def test_overrides_are_dotted_and_typed(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", MINIMAL)
+    fields = {"optim.lr": "1e-3", "encoder.patch": "8", "data.mean": "[0.1, 0.2, 0.3]", "objective.view.crop_scale": "null",
+              "train.epochs": None, "train.steps": "7", "data.train": "a-{000..009}.tar", "eval.k": "[5]"}  # fmt: skip
+    recipe = load(path, fields)
+    assert (recipe.optim.lr, recipe.encoder.patch, recipe.data.mean, recipe.train.steps) == (
+        1e-3,
+        8,
+        (0.1, 0.2, 0.3),
+        7,
+    )
+    assert recipe.objective.view.crop_scale is None  # type: ignore[attr-defined]
+    assert (recipe.data.train, recipe.eval.k) == ("a-{000..009}.tar", (5,))
+
+
+def test_bases_are_inherited(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", MINIMAL + "optim: {lr: 1.0, clip: 2.0}\nseed: 1\n")
+    write(tmp_path / "sub" / "b.yaml", "base: ../a.yaml\noptim: {lr: 0.5}\n")
+    recipe = load(write(tmp_path / "sub" / "c.yaml", "base: b.yaml\nseed: 2\n"))
+    assert (recipe.optim.lr, recipe.optim.clip, recipe.seed) == (0.5, 2.0, 2)
+    with pytest.raises(UsageError, match="circular"):
+        load(write(tmp_path / "d.yaml", "base: d.yaml"))
+    with pytest.raises(UsageError, match=r"base: 'none.yaml' is not a file beside it"):
+        load(write(tmp_path / "e.yaml", "base: none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("optim: {lrr: 1}", r"optim.lrr: no such field; did you mean optim.lr"),
+        ("learning_rate: 1", r"learning_rate: no such field"),
+        ("lr: 1", r"lr: no such field; did you mean optim.lr"),
+        ("mask_ratio: 1", r"mask_ratio: no such field"),
+        ("optim: {lr: fast}", r"optim.lr: .*valid number.*not 'fast'"),
+        ("optim: {lr: .nan}", r"optim.lr: "),
+        ("optim: {lr: -1}", r"optim.lr: .*greater than 0.*not -1"),
+        ("encoder: {depth: 2.5}", r"encoder.depth: .*integer"),
+        ("encoder: 3", r"encoder: "),
+        ("train: {}", r"give either epochs or steps"),
+        ("train: {epochs: 1, steps: 2}", r"give either epochs or steps"),
+        ("train: {epochs: 1, batch_size: 10, accumulate: 3}", r"batch_size 10 is not a multiple of accumulate 3"),
+        ("objective: {name: mea}", r"objective.name: no objective 'mea'; did you mean mae"),
+        ("objective: {mask_ratio: 0.5}", r"objective.name: no objective None"),
+        (
+            "objective: {name: mae, mask_ration: 0.5}",
+            r"objective.mask_ration: no such field; did you mean objective.mask_ratio",
+        ),
+        ("objective: {name: mae, mask_ratio: 1.5}", r"objective.mask_ratio: .*less than 1"),
+        ("objective: mae", r"objective: "),
+        ("data: {}", r"data.train: is missing"),
+    ],
+)
+def test_wrong_fields_are_named_with_their_neighbours(tmp_path: Path, more: str, message: str) -> None:
+    tree = plainyaml.parse(MINIMAL, "t") | plainyaml.parse(more, "t")
+    with pytest.raises(UsageError, match=message):
+        load(write(tmp_path / "r.yaml", plainyaml.dump(tree)))
+
+
+def test_all_wrong_fields_are_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", MINIMAL)
+    with pytest.raises(UsageError) as told:
+        load(path, {"optim.lr": "x", "objective.mask_ratio": "2", "sed": "1"})
+    assert {line.partition("r.yaml: ")[2].partition(":")[0] for line in str(told.value).splitlines()} == {
+        "optim.lr",
+        "objective.mask_ratio",
+        "sed",
+    }
+
+
+def test_missing_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no such recipe; nearest: recipes/digits/mae.yaml"):
+        load("recipes/digits/mea.yaml")
+    with pytest.raises(UsageError, match="no such recipe"):
+        load(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="a mapping of keys"):
+        load(write(tmp_path / "r.yaml", "- 1"))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in packaged_recipes()])
+def test_packaged_recipes_are_valid_and_repeat_themselves(name: str, tmp_path: Path) -> None:
+    recipe = load(name)
+    assert load("recipes/" + name) == recipe == load(name.removesuffix(".yaml"))
+    resolved = write(tmp_path / "recipe.yaml", recipe.to_yaml())
+    assert load(resolved) == recipe
+    assert plainyaml.parse(recipe.to_yaml(), "t").keys() == Recipe.model_fields.keys()

@@ -127,10 +127,5 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def _majority(fit: Features, held: Features) -> Score:
     common = fit.labels.mode().values
     value = 100 * (held.labels == common).double().mean().item()
-    return {
-        "value": value,
-        "std": 0.0,
-        "n": 1,
-        "protocol": f"the commonest class of train, {int(common)}",
-        "chosen": {},
-    }
+    protocol = f"the commonest class of train, {int(common)}"
+    return {"evaluator": "majority", **_spread((value,)), "protocol": protocol, "chosen": {}}

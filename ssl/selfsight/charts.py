@@ -57,7 +57,7 @@ def line_chart(series: list[Series], unit: str = "", label: str = "") -> str:
 
 def ticks(low: float, high: float, count: int = 4, inside: bool = False) -> list[float]:
     """About `count` round numbers that span [low, high], or that lie inside it."""
-    if high - low < 1e-12 * max(1.0, abs(high)):
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     raw = (high - low) / count
     power = 10.0 ** floor(log10(raw))
@@ -67,7 +67,7 @@ def ticks(low: float, high: float, count: int = 4, inside: bool = False) -> list
         if inside
         else (floor(low / step + 1e-9), ceil(high / step - 1e-9))
     )
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def number(value: float) -> str:

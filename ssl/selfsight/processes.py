@@ -6,6 +6,7 @@ from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from selfsight.errors import Stopped, UsageError
 from selfsight.recipe import Recipe
@@ -26,6 +27,8 @@ def join(recipe: Recipe) -> Accelerator:
         raise UsageError(
             f"train.batch_size: {train.batch_size} does not split over {world} ranks x {train.accumulate} micro-batches"
         )
+    if world == 1:  # a second run in one process, as in a notebook, may ask for another device or precision
+        AcceleratorState._reset_state(reset_partial_state=True)
     cpu = train.device == "cpu" or not torch.cuda.is_available()
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no", "bf16": "bf16"}[train.precision]
     accelerator = Accelerator(

@@ -1,0 +1,347 @@
+"""The loop: resumed runs repeat the uninterrupted one bit for bit; ranks and micro-batches compute the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from selfsight import checkpoint
+from selfsight.assemble import assemble
+from selfsight.data.loader import to_device
+from selfsight.errors import DataError, NumericError, Stopped, UsageError
+from selfsight.eval.features import channel_statistics
+from selfsight.metrics import TIMING
+from selfsight.objectives.mae import MAE
+from selfsight.recipe import load
+from selfsight.run_folder import read_lines
+from selfsight.train import due, pretrain
+
+Fields = dict[str, Any]
+Runner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def learned(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without the wall-clock fields."""
+    return [
+        {key: value for key, value in line.items() if key not in TIMING}
+        for line in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def weights(folder: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> bool:
+    """Equal but for rounding. The key's bias has no gradient (softmax ignores it), so that AdamW scales up pure rounding."""
+    return (
+        all(torch.allclose(a[key], b[key], atol=tolerance) for key in a if not key.endswith("qkv.bias"))
+        and a.keys() == b.keys()
+    )
+
+
+def words(fields: Fields) -> list[str]:
+    return [word for key, value in fields.items() for word in (f"--{key}", "null" if value is None else str(value))]
+
+
+def torchrun(processes: int, fields: Fields) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, "-m", "selfsight", "pretrain", "digits/mae", *words(fields)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def test_a_run_leaves_what_was_promised(small_fields: Fields, small_shards: Path) -> None:
+    folder = Path(small_fields["run_dir"])
+    scored = {"eval.train": str(small_shards), "eval.test": str(small_shards), "eval.every": 4, "eval.k": [5, 10]}
+    scores = pretrain("digits/mae", small_fields | scored)
+    assert sorted(os.listdir(folder)) == [
+        "checkpoints",
+        "encoder",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "report.html",
+        "scores.json",
+    ]
+    lines = read_lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert set(lines[0]) == {"step", "epoch", "loss", "loss/floor", "lr", "grad_norm", *TIMING}
+    assert [line["step"] for line in lines if "knn" in line] == [4, 6]
+    assert all(1 <= line["rankme"] <= 16 for line in lines if "rankme" in line)
+    assert lines[-1]["epoch"] == pytest.approx(6 * 8 / 120)
+    assert checkpoint.steps(folder / "checkpoints") == [3, 6]
+    assert scores == json.loads((folder / "scores.json").read_text())
+    assert {s["encoder"] for s in scores["scores"]} == {"pretrained", "random-init", "pixels", "majority"}
+    before = (folder / "scores.json").stat().st_mtime_ns
+    assert pretrain("digits/mae", small_fields | scored) == scores  # finished: nothing is done again
+    assert (folder / "scores.json").stat().st_mtime_ns == before
+
+
+def test_the_resolved_recipe_repeats_the_run(small_fields: Fields, tmp_path: Path) -> None:
+    first = Path(small_fields["run_dir"])
+    pretrain("digits/mae", small_fields)
+    pretrain(first / "recipe.yaml", {"run_dir": str(tmp_path / "again")})
+    assert learned(first) == learned(tmp_path / "again")
+    assert same(weights(first, 6), weights(tmp_path / "again", 6))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {
+            "train.ema": 0.9,
+            "train.workers": 1,
+            "optim.clip": 0.1,
+            "train.accumulate": 2,
+            "encoder.drop_path": 0.3,
+            "encoder.depth": 2,
+        },
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    small_fields: Fields, tmp_path: Path, more: Fields, selfsight: Runner
+) -> None:
+    """kill -9 while it trains, then the same command: every line and weight of the uninterrupted run."""
+    fields = small_fields | {"train.steps": 60, "train.save_every": 7} | more
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert selfsight("pretrain", "digits/mae", *words(fields | {"run_dir": whole})).returncode == 0
+    command = [sys.executable, "-m", "selfsight", "pretrain", "digits/mae", *words(fields | {"run_dir": killed})]
+    for after in (1, 15, 40):
+        victim = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        wait_for_step(killed, after, victim)
+        victim.kill()
+        victim.wait()
+        assert victim.returncode == -signal.SIGKILL
+    done = selfsight("pretrain", "digits/mae", *words(fields | {"run_dir": killed}))
+    assert done.returncode == 0, done.stderr
+    assert "goes on from step" in done.stderr
+    assert learned(killed) == learned(whole)
+    assert len(learned(whole)) == 60
+    for name in ("model", "optim", *(["ema"] if more else [])):
+        assert same(weights(killed, 60, name), weights(whole, 60, name))
+    exported = [(folder / "encoder" / "model.safetensors").read_bytes() for folder in (whole, killed)]
+    assert exported[0] == exported[1]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[Any]) -> None:
+    for _ in range(2400):
+        lines = read_lines(folder / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.05)
+    pytest.fail(f"did not reach step {step} in 2 minutes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_says_run_me_again(small_fields: Fields, number: signal.Signals) -> None:
+    folder = Path(small_fields["run_dir"])
+    fields = words(small_fields | {"train.steps": 100_000, "train.save_every": 50_000})
+    command = [sys.executable, "-m", "selfsight", "pretrain", "digits/mae", *fields]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    wait_for_step(folder, 20, process)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == Stopped.exit_code == 75, told
+    last = read_lines(folder / "metrics.jsonl")[-1]["step"]
+    assert checkpoint.steps(folder / "checkpoints")[-1] == last
+    assert f"stopped on request after step {last} of 100,000, saved; run the same command to go on" in told
+    assert "Traceback" not in told
+    assert not (folder / "run.lock").exists()
+
+
+def test_two_ranks_learn_what_one_learns(small_fields: Fields, tmp_path: Path) -> None:
+    """gloo, two processes: the same global batches, losses to 1e-5, and a resume on another number of ranks."""
+    for name, processes in (("one", 1), ("two", 2)):
+        done = torchrun(processes, small_fields | {"run_dir": tmp_path / name, "train.steps": 12})
+        assert done.returncode == 0, done.stderr
+    one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], abs=1e-5) for key in a)
+    assert close(weights(tmp_path / "one", 12), weights(tmp_path / "two", 12), 1e-4)
+
+
+def test_micro_batches_are_the_batch(small_fields: Fields, tmp_path: Path) -> None:
+    for accumulate in (1, 4):
+        pretrain(
+            "digits/mae", small_fields | {"run_dir": str(tmp_path / str(accumulate)), "train.accumulate": accumulate}
+        )
+    for a, b in zip(learned(tmp_path / "1"), learned(tmp_path / "4"), strict=True):
+        assert all(a[key] == pytest.approx(b[key], abs=1e-5) for key in a)
+
+
+def test_the_loop_is_a_plain_loop(small_fields: Fields) -> None:
+    """Six steps by hand, with nothing of the loop but the parts, give the loop's losses and weights."""
+    fields = small_fields | {"optim.clip": 0.05, "optim.lr": 0.01}
+    pretrain("digits/mae", fields)
+    parts = assemble(load("digits/mae", fields), torch.device("cpu"))
+    batches, lines = parts.batches(), learned(parts.recipe.run_dir)
+    mean, std = channel_statistics(parts.encoder.preprocessing, torch.device("cpu"))
+    decayed = [
+        p for n, p in parts.objective.named_parameters() if p.requires_grad and p.ndim > 1 and not n.endswith("token")
+    ]
+    others = [p for p in parts.objective.parameters() if p.requires_grad and all(p is not d for d in decayed)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    for step in range(6):
+        loss = parts.objective(to_device(batches[step], torch.device("cpu"), mean, std, 0)).total
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parts.objective.parameters(), 0.05)
+        rate = lines[step]["lr"]
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert loss.item() == pytest.approx(lines[step]["loss"], rel=1e-5)
+        assert norm.item() == pytest.approx(lines[step]["grad_norm"], rel=1e-4)
+    assert close(parts.objective.state_dict(), weights(parts.recipe.run_dir, 6), 1e-5)
+
+
+def test_bf16_recomputation_and_compilation_run(small_fields: Fields) -> None:
+    pretrain("digits/mae", small_fields | {"train.precision": "bf16", "train.checkpoint_blocks": True})
+    losses = [line["loss"] for line in learned(Path(small_fields["run_dir"]))]
+    assert np.isfinite(losses).all()
+
+
+def test_the_average_is_what_is_exported(small_fields: Fields) -> None:
+    pretrain("digits/mae", small_fields | {"train.ema": 0.5})
+    folder = Path(small_fields["run_dir"])
+    exported = load_file(folder / "encoder" / "model.safetensors")
+    average = {name.removeprefix("backbone."): value for name, value in weights(folder, 6, "ema").items()}
+    assert same(exported, average)
+    live = {n.removeprefix("encoder.backbone."): v for n, v in weights(folder, 6).items() if n.startswith("encoder.")}
+    assert not same(exported, live)
+
+
+def test_continuing_from_weights(small_fields: Fields, tmp_path: Path) -> None:
+    pretrain("digits/mae", small_fields)
+    first = Path(small_fields["run_dir"])
+    fields = small_fields | {
+        "run_dir": str(tmp_path / "next"),
+        "encoder.weights": str(first / "encoder"),
+        "train.steps": 1,
+        "optim.lr": 1e-12,
+    }
+    pretrain("digits/mae", fields)
+    before, after = (
+        load_file(first / "encoder" / "model.safetensors"),
+        load_file(tmp_path / "next" / "encoder" / "model.safetensors"),
+    )
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+def test_a_gradient_that_is_not_finite_touches_nothing(small_fields: Fields, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = MAE.forward
+
+    def poisoned(self: MAE, batch: Any) -> Any:
+        loss = real(self, batch)
+        return loss._replace(total=loss.total * (float("nan") if 32 in batch.positions else 1.0))
+
+    monkeypatch.setattr(MAE, "forward", poisoned)
+    with pytest.raises(
+        NumericError, match=r"step 5: the gradient is not finite \(loss nan\); the weights are those of step 4"
+    ):
+        pretrain("digits/mae", small_fields)
+    folder = Path(small_fields["run_dir"])
+    assert all(torch.isfinite(value).all() for value in weights(folder, 3).values())
+    assert [line["step"] for line in learned(folder)] == [1, 2, 3, 4]
+
+
+def test_another_recipe_is_refused_and_named(small_fields: Fields, tmp_path: Path) -> None:
+    pretrain("digits/mae", small_fields)
+    before = (Path(small_fields["run_dir"]) / "recipe.yaml").read_text()
+    with pytest.raises(UsageError, match=r"another recipe: optim.lr \(was 0.003, is 0.1\); seed \(was 0, is 1\)"):
+        pretrain("digits/mae", small_fields | {"optim.lr": 0.1, "seed": 1})
+    with pytest.raises(UsageError, match=r"another recipe: data.train \(was '\w+', is '\w+'\)"):
+        pretrain("digits/mae", small_fields | {"data.train": "digits:train"})
+    assert (Path(small_fields["run_dir"]) / "recipe.yaml").read_text() == before
+    pretrain("digits/mae", small_fields | {"train.workers": 1, "train.log_every": 2})  # these may change
+
+
+def test_too_little_data_and_uneven_batches_are_said_before_the_model(
+    small_fields: Fields, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=r"train.batch_size: 121 images, but .* has only 120"):
+        pretrain("digits/mae", small_fields | {"train.batch_size": 121})
+    with pytest.raises(DataError, match="no shards match"):
+        pretrain("digits/mae", small_fields | {"data.train": "/nowhere/*.tar"})
+    with pytest.raises(UsageError, match="torch sees no GPU"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        pretrain("digits/mae", small_fields | {"train.device": "cuda"})
+
+
+def test_bad_samples_are_recorded_and_a_budget_ends_the_run(small_fields: Fields, tmp_path: Path) -> None:
+    import shutil
+
+    from selfsight.data.shards import Shards
+
+    def rotten(name: str, samples: list[int]) -> str:
+        shutil.copytree(small_fields["data.train"], tmp_path / name)
+        shards = Shards(str(tmp_path / name))
+        for sample in samples:
+            shard, record = shards._locate(sample)
+            with shards.paths[shard].open("r+b") as file:
+                file.seek(int(record["offset"]) + 40)
+                file.write(b"rot")
+        return str(tmp_path / name)
+
+    fields = small_fields | {"train.steps": 15}
+    pretrain("digits/mae", fields | {"data.train": rotten("few", [3, 60])})
+    noted = read_lines(Path(small_fields["run_dir"]) / "quarantine.jsonl")
+    assert sorted(line["sample"] for line in noted) == [3, 60]
+    with pytest.raises(DataError, match=r"\d+ bad samples among \d+ read.*quarantine.jsonl"):
+        pretrain(
+            "digits/mae", fields | {"run_dir": str(tmp_path / "r2"), "data.train": rotten("many", list(range(40)))}
+        )
+
+
+def test_tensorboard_gets_the_metrics(small_fields: Fields) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pretrain("digits/mae", small_fields | {"track": ["tensorboard"]})
+    folder = Path(small_fields["run_dir"])
+    found = next(path for path in folder.rglob("events.out.tfevents.*") if path.parent.parent.name != "1")
+    loaded = events.EventAccumulator(str(found.parent))
+    loaded.Reload()
+    assert [event.value for event in loaded.Scalars("loss")] == pytest.approx(
+        [line["loss"] for line in learned(folder)]
+    )
+
+
+def test_a_tracker_that_is_not_installed_is_said(small_fields: Fields, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfsight.metrics.get_available_trackers", lambda: [])
+    with pytest.raises(UsageError, match=r"wandb is not installed; pip install 'selfsight\[track\]'"):
+        pretrain("digits/mae", small_fields | {"track": ["wandb"]})
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
+
+
+def test_launch_sh_starts_two_processes(small_fields: Fields) -> None:
+    done = subprocess.run(
+        [ROOT / "launch.sh", "digits/mae", *words(small_fields)], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PROCESSES": "2", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stderr
+    assert checkpoint.steps(Path(small_fields["run_dir"]) / "checkpoints")[-1] == 6

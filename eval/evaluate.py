@@ -5,14 +5,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 
 from selfsight import __version__
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import UsageError
-from selfsight.eval.features import Features, extract, pixels_of
-from selfsight.eval.knn import DEFAULT_K, TEMPERATURE, knn, refuse_unknown_classes
+from selfsight.eval.features import Features, extract, labels_of, pixels_of
+from selfsight.eval.knn import DEFAULT_K, TEMPERATURE, held_out, knn, refuse_unknown_classes, usable_k
 from selfsight.eval.linear import DECAYS, RATES, SEEDS, linear
 
 Score = dict[str, Any]
@@ -51,14 +52,13 @@ def evaluate(
     if unknown := set(evaluators) - set(EVALUATORS):
         raise UsageError(f"no evaluator {', '.join(sorted(unknown))}; there are {', '.join(EVALUATORS)}")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sets = (Shards(train), Shards(test))
+    sets = scorable_sets(train, test, k)
     live = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
     live = live.to(device)
     scores: list[Score] = []
     # One at a time: the features of several encoders would not fit beside each other.
     say("scoring the pretrained encoder")
     fit, held = _features(live, sets, device, workers)
-    refuse_unknown_classes(fit.labels, held.labels)
     for evaluator in evaluators:
         scores.append({"encoder": "pretrained"} | _score(evaluator, fit, held, live.pool, k))
     say(f"scoring the floors: {TWINS} untrained twins, raw pixels")
@@ -74,6 +74,19 @@ def evaluate(
     scores.append({"encoder": "majority"} | _majority(fit, held))
     shared = {"train": sets[0].spec, "test": sets[1].spec, "samples": len(sets[1])}
     return {"scores": [score | shared for score in scores]}
+
+
+def scorable_sets(train: str | Sequence[str], test: str | Sequence[str], k: Sequence[int]) -> tuple[Shards, Shards]:
+    """The two sets, after asking all that labels and sizes can answer before any image is read.
+
+    Raises:
+        UsageError: unlabelled samples, one class, classes of test that train lacks, or no k that the bank can serve.
+    """
+    sets = (Shards(train), Shards(test))
+    fit, held = (labels_of(shards, np.arange(len(shards))) for shards in sets)
+    refuse_unknown_classes(fit, held)
+    usable_k(k, len(held_out(len(fit))[0]))
+    return sets
 
 
 def _features(

@@ -43,10 +43,16 @@ class CentralCrops(Dataset[Tensor]):
     channels: int
     interpolation: str
     crop_pct: float
+    batch: int
+
+    @property
+    def numbers(self) -> range:
+        """The batches that there are."""
+        return range(-(-len(self.ids) // self.batch))
 
     def __getitem__(self, number: int) -> Tensor:
         made = []
-        for sample in self.ids[number * BATCH : (number + 1) * BATCH]:
+        for sample in self.ids[number * self.batch : (number + 1) * self.batch]:
             try:
                 image = decode(self.shards.read(int(sample)), self.channels)
             except DataError as error:  # a score must not depend on a substitute
@@ -92,13 +98,13 @@ def extract(
     ids = np.arange(len(shards)) if ids is None else ids
     labels = labels_of(shards, ids)
     made = encoder.preprocessing
-    crops = CentralCrops(shards, ids, made.image_size, made.channels, made.interpolation, made.crop_pct)
+    crops = CentralCrops(shards, ids, made.image_size, made.channels, made.interpolation, made.crop_pct, BATCH)
     mean, std = channel_statistics(made, device)
     pools = tuple(pools or (encoder.pool,))
     parts: dict[str, list[Tensor]] = {pool: [] for pool in pools}
     training = encoder.training
     encoder.eval()
-    for pixels in loader(crops, range(-(-len(ids) // BATCH)), workers, device.type == "cuda"):
+    for pixels in loader(crops, crops.numbers, workers, device.type == "cuda"):
         features = encoder.embed_pools(normalize(pixels.to(device, non_blocking=True), mean, std), pools)
         for pool, feature in features.items():
             parts[pool].append(feature.float().cpu())
@@ -113,10 +119,10 @@ def extract(
 
 def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) -> Features:
     """Raw pixels in 0..1 as features, at most 32 x 32: the floor that any encoder must justify itself against."""
-    side = min(preprocessing.image_size, PIXEL_SIDE)
+    made, side = preprocessing, min(preprocessing.image_size, PIXEL_SIDE)
     ids = np.arange(len(shards))
-    crops = CentralCrops(shards, ids, side, preprocessing.channels, preprocessing.interpolation, preprocessing.crop_pct)
-    pixels = torch.cat(list(loader(crops, range(-(-len(ids) // BATCH)), workers, False)))
+    crops = CentralCrops(shards, ids, side, made.channels, made.interpolation, made.crop_pct, BATCH)
+    pixels = torch.cat(list(loader(crops, crops.numbers, workers, False)))
     return Features({"pixels": pixels.flatten(1).float() / 255}, labels_of(shards, ids))
 
 

@@ -14,6 +14,7 @@ from selfsight.data.shards import Shards
 from selfsight.data.views import ViewMaker
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
+from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective
 from selfsight.optim import build_optimizer
@@ -112,6 +113,8 @@ def assemble(recipe: Recipe, device: torch.device) -> Parts:
     batch = recipe.train.batch_size
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")
+    if recipe.eval.train:  # what cannot be scored is better known before the training than after it
+        scorable_sets(recipe.eval.train, recipe.eval.test or recipe.eval.train, recipe.eval.k)
     steps = recipe.train.steps or ceil((recipe.train.epochs or 0) * len(shards) / batch)
     encoder = build_encoder(recipe.encoder, preprocessing_of(recipe.data, recipe.encoder), recipe.seed)
     notes = load_weights(encoder, recipe.encoder.weights, recipe.encoder.name) if recipe.encoder.weights else []

@@ -140,6 +140,12 @@ class EvalConfig(Section):
     online_samples: int = Field(5000, ge=20)
     """Samples that the online score uses at most."""
 
+    @model_validator(mode="after")
+    def _train_first(self) -> "EvalConfig":
+        if self.test and not self.train:
+            raise ValueError("eval.test: needs eval.train, on which the probes are fitted")
+        return self
+
 
 class Recipe(Section):
     """A pretraining run."""

@@ -1,0 +1,151 @@
+"""What is exported is what was trained, for timm and for transformers, or it is not exported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from selfsight import checkpoint, cli
+from selfsight.encoder import Encoder, build_encoder, preprocessing_of
+from selfsight.errors import StorageError, UsageError
+from selfsight.export import export, load_encoder, verify_export
+from selfsight.recipe import DataConfig, EncoderConfig
+from selfsight.train import pretrain
+
+TINY: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2}
+
+
+def make(data: dict[str, Any] | None = None, **fields: Any) -> Encoder:
+    config = EncoderConfig(**(TINY | fields))
+    return build_encoder(config, preprocessing_of(DataConfig(train="x", **(data or {})), config), 3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"pool": "cls"},
+        {"pool": "cls+mean", "registers": 2},
+        {"channels": 5},
+        {"class_token": False},
+        {"drop_path": 0.2},
+    ],
+)
+@torch.inference_mode()
+def test_timm_loads_it_with_the_same_features(tmp_path: Path, fields: dict[str, Any]) -> None:
+    encoder = make(**fields)
+    assert export(encoder, tmp_path / "enc", {"note": "x"}) < 1e-5
+    assert sorted(os.listdir(tmp_path)) == ["enc"]
+    assert sorted(os.listdir(tmp_path / "enc")) == ["config.json", "model.safetensors"]
+    model = timm.create_model(f"local-dir:{tmp_path / 'enc'}", pretrained=True, num_classes=0).eval()
+    images = torch.randn(3, encoder.preprocessing.channels, 16, 16)
+    encoder.eval()
+    assert torch.allclose(model.forward_features(images), torch.cat(encoder(images), 1), atol=1e-5)
+    if encoder.pool != "cls+mean":
+        assert torch.allclose(model(images), encoder.embed(images), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_transformers_loads_it_too(tmp_path: Path) -> None:
+    encoder = make().eval()
+    export(encoder, tmp_path / "enc", {})
+    images = torch.randn(2, 3, 16, 16)
+    found = AutoModel.from_pretrained(tmp_path / "enc").eval()(images)
+    assert torch.allclose(found.last_hidden_state, torch.cat(encoder(images), 1), atol=1e-5)
+
+
+def test_the_config_claims_only_what_is_ours(tmp_path: Path) -> None:
+    export(make({"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.9}), tmp_path / "enc", {"steps": 7})
+    config = json.loads((tmp_path / "enc" / "config.json").read_text())
+    ours = config["pretrained_cfg"]
+    assert (ours["mean"], ours["std"], ours["crop_pct"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 0.9)
+    assert (ours["input_size"], ours["tag"], ours["license"]) == ([3, 16, 16], "selfsight", "unknown")
+    assert "augreg" not in json.dumps(config)
+    assert config["selfsight"]["steps"] == 7
+
+
+def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
+    encoder = make({"mean": (0.1, 0.2, 0.3), "crop_pct": 0.9}, pool="cls")
+    export(encoder, tmp_path / "enc", {})
+    again = load_encoder(tmp_path / "enc")
+    assert (again.preprocessing, again.config, again.pool) == (encoder.preprocessing, encoder.config, "cls")
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), encoder.state_dict().values(), strict=True)
+    )
+    assert not again.training
+
+
+def test_features_that_differ_are_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(make(), tmp_path / "enc", {})
+    before = (tmp_path / "enc" / "model.safetensors").read_bytes()
+    encoder = make()
+    real = Encoder.embed
+    monkeypatch.setattr(
+        Encoder, "embed", lambda self, x, pool=None: real(self, x, "cls")
+    )  # another function than the exported
+    with pytest.raises(StorageError, match=r"timm's features differ from the live encoder's by .* more than 1e-05"):
+        export(encoder, tmp_path / "enc", {})
+    monkeypatch.undo()
+    tensors = load_file(tmp_path / "enc" / "model.safetensors")
+    tensors["blocks.0.mlp.fc1.weight"] *= 1.1
+    save_file(tensors, tmp_path / "enc" / "model.safetensors")
+    with pytest.raises(StorageError, match="differ"):
+        verify_export(encoder, tmp_path / "enc")
+    (tmp_path / "enc" / "model.safetensors").write_bytes(before)
+    assert verify_export(encoder, tmp_path / "enc") < 1e-5
+    assert sorted(os.listdir(tmp_path)) == ["enc"]
+
+
+def test_an_export_that_timm_cannot_load_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "selfsight.export.save_for_hf", lambda *a, **k: (Path(a[1]) / "config.json").write_text('{"model_args": {}}')
+    )
+    with pytest.raises(StorageError, match="timm could not load the export"):
+        export(make(), tmp_path / "enc", {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_runs_checkpoints_and_exports_are_one_encoder(
+    small_fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain("digits/mae", small_fields)
+    folder = Path(small_fields["run_dir"])
+    newest = folder / "checkpoints" / "step-00000006"
+    images = torch.randn(2, 1, 8, 8)
+    with torch.inference_mode():
+        features = [load_encoder(source).embed(images) for source in (folder, folder / "encoder", newest)]
+        assert torch.equal(features[0], features[1])
+        assert torch.equal(features[0], features[2])
+    capsys.readouterr()
+    assert cli.main(["export", str(newest), str(tmp_path / "out")]) == 0
+    line = capsys.readouterr().out.strip()
+    code = f"import sys, timm; model = {line}; assert 'selfsight' not in sys.modules; print(model.num_features)"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "16\n"
+
+
+def test_a_checkpoint_with_a_tensor_missing_is_refused(small_fields: dict[str, Any]) -> None:
+    pretrain("digits/mae", small_fields)
+    folder = Path(small_fields["run_dir"]) / "checkpoints"
+    saved = checkpoint.load(folder / "step-00000006")
+    del saved.tensors["model"]["encoder.backbone.norm.weight"]
+    state = {key: value for key, value in saved.state.items() if key not in {"format", "step"}}
+    path = checkpoint.save(folder, 7, state, saved.tensors, keep=2)
+    with pytest.raises(UsageError, match=r"Missing key.*backbone.norm.weight"):
+        load_encoder(path)
+
+
+def test_what_is_no_encoder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds neither an export"):
+        load_encoder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="was not written by selfsight"):
+        load_encoder(tmp_path)

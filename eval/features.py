@@ -45,6 +45,11 @@ class CentralCrops(Dataset[Tensor]):
     crop_pct: float
     batch: int
 
+    @classmethod
+    def of(cls, shards: Shards, ids: np.ndarray, made: Preprocessing, size: int | None = None) -> "CentralCrops":
+        """The view that belongs to an encoder, in its size or another."""
+        return cls(shards, ids, size or made.image_size, made.channels, made.interpolation, made.crop_pct, BATCH)
+
     @property
     def numbers(self) -> range:
         """The batches that there are."""
@@ -98,7 +103,7 @@ def extract(
     ids = np.arange(len(shards)) if ids is None else ids
     labels = labels_of(shards, ids)
     made = encoder.preprocessing
-    crops = CentralCrops(shards, ids, made.image_size, made.channels, made.interpolation, made.crop_pct, BATCH)
+    crops = CentralCrops.of(shards, ids, made)
     mean, std = channel_statistics(made, device)
     pools = tuple(pools or (encoder.pool,))
     parts: dict[str, list[Tensor]] = {pool: [] for pool in pools}
@@ -119,9 +124,8 @@ def extract(
 
 def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) -> Features:
     """Raw pixels in 0..1 as features, at most 32 x 32: the floor that any encoder must justify itself against."""
-    made, side = preprocessing, min(preprocessing.image_size, PIXEL_SIDE)
     ids = np.arange(len(shards))
-    crops = CentralCrops(shards, ids, side, made.channels, made.interpolation, made.crop_pct, BATCH)
+    crops = CentralCrops.of(shards, ids, preprocessing, min(preprocessing.image_size, PIXEL_SIDE))
     pixels = torch.cat(list(loader(crops, crops.numbers, workers, False)))
     return Features({"pixels": pixels.flatten(1).float() / 255}, labels_of(shards, ids))
 

@@ -58,10 +58,10 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path) -> None:
     assert not re.search(r"https?://|@import|url\(|<script", text)
     assert len(text) < 5_000_000
     for wanted in ("Loss", "Online kNN", "RankMe", "Learning rate", "Gradient norm", "Images per second", "Waiting for data",
-                   "original", "what the encoder sees", "reconstruction", "random-init", "pixels", "majority",
+                   "source image", "augmented view", "what the encoder sees", "reconstruction", "random-init", "pixels", "majority",
                    "timm.create_model", "mask_ratio: 0.6", "Python"):  # fmt: skip
         assert wanted in text, wanted
-    assert page.tags.count("img") == 3 * 8
+    assert page.tags.count("img") == 4 * 8
     for score in json.loads((run / "scores.json").read_text())["scores"]:
         assert f"{score['value']:.1f}" in text
     again = (run / "report.html").read_text()

@@ -18,9 +18,9 @@ from torch import Tensor
 from selfsight import __version__, console
 from selfsight.assemble import Parts
 from selfsight.charts import Series, line_chart
-from selfsight.data.loader import to_device
+from selfsight.data.loader import normalize, to_device
 from selfsight.encoder import Preprocessing
-from selfsight.eval.features import channel_statistics
+from selfsight.eval.features import CentralCrops, channel_statistics
 from selfsight.export import timm_line
 from selfsight.run_folder import read_lines, write_atomically
 
@@ -43,6 +43,7 @@ _CURVES = (
     ("Learning rate", ("lr",), "", "Warmup, then half a cosine."),
     ("Gradient norm", ("grad_norm",), "", "Spikes that come back ask for a lower rate or optim.clip."),
     ("Images per second", ("images_per_second",), "", "Over all ranks."),
+    ("Memory", ("memory",), " MiB", "Peak of the main process: the GPU's, or resident memory on a CPU."),
     ("Waiting for data", ("data_wait",), "", "Share of the time; above 0.1 more train.workers help."),
 )
 
@@ -104,6 +105,8 @@ def picture_rows(parts: Parts, device: torch.device) -> list[dict[str, Any]]:
     parts.objective.eval()
     shown = parts.objective.pictures(to_device(few, device, mean, std, parts.recipe.seed))
     parts.objective.train()
+    sources = CentralCrops.of(parts.shards, host.ids[:PICTURES].numpy(), parts.encoder.preprocessing)[0]
+    shown = {"source image": normalize(sources.to(device), mean, std), **shown}
     return [
         {"caption": caption, "images": [png(image, parts.encoder.preprocessing) for image in images.cpu()]}
         for caption, images in shown.items()

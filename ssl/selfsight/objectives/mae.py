@@ -59,9 +59,8 @@ class MAE(Objective):
         predicted = self.decode(tokens, keep, hidden)
         target = self.target(images, hidden)
         loss = (predicted.float() - target).square().mean()
-        # A predictor of each patch's mean is the floor: 1 for normalised patches, the pixels' variance otherwise.
-        floor = (target - target.mean(-1, keepdim=True)).square().mean()
-        return Loss(loss, {"floor": floor.detach()})
+        # The best constant prediction is the floor: 1 - 1 / pixels for normalised patches, else the pixels' variance.
+        return Loss(loss, {"floor": target.var(correction=0)})
 
     def decode(self, tokens: Tokens, keep: Tensor, hidden: Tensor) -> Tensor:
         """Pixels of the hidden patches (B, M, C p p) from the encoder's tokens of the visible ones."""
@@ -93,7 +92,7 @@ class MAE(Objective):
         index = hidden[..., None].expand_as(predicted)
         seen = patches.scatter(1, index, torch.zeros_like(predicted))
         rebuilt = patches.scatter(1, index, predicted)
-        shown = {"original": patches, "what the encoder sees": seen, "reconstruction": rebuilt}
+        shown = {"augmented view": patches, "what the encoder sees": seen, "reconstruction": rebuilt}
         return {name: unpatchify(value, encoder.patch, encoder.grid) for name, value in shown.items()}
 
 

@@ -13,7 +13,7 @@ from selfsight.errors import NumericError, UsageError
 
 TEMPERATURE = 0.07
 DEFAULT_K = (10, 20, 100, 200)
-_QUERIES = 4096  # searched at once, to bound memory
+_QUERIES = 4096  # voted on at once, to bound memory
 
 
 class KNNResult(NamedTuple):
@@ -78,26 +78,20 @@ def predict(bank: Tensor, labels: Tensor, queries: Tensor, k: Sequence[int]) -> 
 
     `bank` and `queries` have unit length.
     """
-    classes = int(labels.max()) + 1
-    voted = []
-    for part in queries.split(_QUERIES):
-        similarity, neighbour = search(bank, part, max(k))
-        weights = (similarity.double() / TEMPERATURE).exp()
-        votes = [
-            torch.zeros(len(part), classes, dtype=torch.float64).scatter_add_(
-                1, labels[neighbour[:, :n]], weights[:, :n]
-            )
-            for n in k
-        ]
-        voted.append(torch.stack([vote.argmax(1) for vote in votes], dim=1))
+    similarity, neighbour = search(bank, queries, max(k))
+    weights, classes, voted = (similarity.double() / TEMPERATURE).exp(), int(labels.max()) + 1, []
+    for weight, near in zip(weights.split(_QUERIES), labels[neighbour].split(_QUERIES), strict=True):
+        empty = torch.zeros(len(near), classes, dtype=torch.float64)
+        voted.append(torch.stack([empty.scatter_add(1, near[:, :n], weight[:, :n]).argmax(1) for n in k], dim=1))
     return torch.cat(voted)
 
 
 def search(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest inner products and where they are, best first: (Q, k) each, on the CPU. The GPU is used if there is one."""
+    """The k largest inner products and where they are, best first: (Q, k) each, on the CPU; found on the GPU if there is one."""
     if torch.cuda.is_available():
-        found = (queries.cuda() @ bank.cuda().T).topk(k)
-        return found.values.cpu(), found.indices.cpu()
+        columns = bank.cuda().T
+        found = [(part.cuda() @ columns).topk(k) for part in queries.split(_QUERIES)]
+        return torch.cat([part.values for part in found]).cpu(), torch.cat([part.indices for part in found]).cpu()
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(bank.numpy())
     similarity, neighbour = index.search(queries.numpy(), k)

@@ -86,20 +86,18 @@ def test_search_is_exact() -> None:
     assert torch.allclose(similarity.double(), exact.values[:, :9], atol=1e-6)
 
 
-def test_k_is_chosen_without_the_test_set() -> None:
-    (train, train_labels), (test, labels) = blobs(200), blobs(50, seed=1)
+@pytest.mark.parametrize("seed", range(4))
+def test_k_is_chosen_without_the_test_set(seed: int) -> None:
+    (train, train_labels), (test, labels) = blobs(200, seed=seed, noise=2.5), blobs(50, seed=10 + seed, noise=2.5)
     honest = knn(train, train_labels, test, labels)
     lying = knn(train, train_labels, test, (labels + 1) % 4)
     assert honest.k == lying.k
     fit, choose = held_out(200)
-    accuracies = {
-        k: (predict(unit(train)[fit], train_labels[fit], unit(train)[choose], (k,))[:, 0] == train_labels[choose])
-        .double()
-        .mean()
-        for k in (10, 20, 100)
-    }
+    bank, queries, candidates = unit(train)[fit], unit(train)[choose], (10, 20, 100)
+    votes = {k: predict(bank, train_labels[fit], queries, (k,))[:, 0] for k in candidates}
+    accuracies = {k: (vote == train_labels[choose]).double().mean() for k, vote in votes.items()}
     assert honest.k == max(accuracies, key=lambda k: (accuracies[k], -k))
-    assert honest.candidates == (10, 20, 100)  # 200 is more than the 180 that are left to fit on
+    assert honest.candidates == candidates  # 200 is more than the 180 that are left to fit on
     hits = predict(unit(train), train_labels, unit(test), (honest.k,))[:, 0] == labels
     assert honest.accuracy == pytest.approx(100 * hits.double().mean().item())
 
@@ -187,6 +185,9 @@ def test_the_probe_chooses_the_pool_that_knows_without_the_test_set() -> None:
     lying = linear(noise, labels, {"noise": torch.randn(200, 12), "good": y}, (test_labels + 1) % 4)
     assert (lying.pool, lying.rate, lying.decay) == (result.pool, result.rate, result.decay)
     assert len(result.accuracies) == 3
+    # Enough noise to learn every training sample by heart: only the held-out tenth tells it from knowledge.
+    by_heart = {"heart": torch.randn(600, 900), "good": x}
+    assert linear(by_heart, labels, {"heart": torch.randn(200, 900), "good": y}, test_labels).pool == "good"
     reference = LogisticRegression(max_iter=1000).fit(x, labels).score(y, test_labels)
     assert np.mean(result.accuracies) == pytest.approx(100 * reference, abs=2)
 

@@ -13,7 +13,7 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from selfsight.data import digits
-from selfsight.data.index import IMAGE_SUFFIXES, index_path, read_index
+from selfsight.data.index import IMAGE_SUFFIXES, read_index
 from selfsight.errors import DataError, UsageError
 
 OPEN_FILES = 128  # per process, well under the usual limit of 1,024
@@ -140,8 +140,3 @@ class Shards:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._records = [read_index(path) for path in self.paths]
-
-
-def has_index(shard: Path) -> bool:
-    """Whether an index of this shard stands beside it or in the cache."""
-    return index_path(shard).exists()

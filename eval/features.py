@@ -28,10 +28,6 @@ class Features(NamedTuple):
     labels: Tensor
     """(N,) int64."""
 
-    def select(self, index: Tensor) -> "Features":
-        """Some of the samples."""
-        return Features({pool: vectors[index] for pool, vectors in self.vectors.items()}, self.labels[index])
-
 
 @dataclass(frozen=True)
 class CentralCrops(Dataset[Tensor]):

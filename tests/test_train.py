@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +179,29 @@ def test_two_ranks_learn_what_one_learns(small_fields: Fields, tmp_path: Path) -
         assert a.keys() == b.keys()
         assert all(a[key] == pytest.approx(b[key], abs=1e-5) for key in a)
     assert close(weights(tmp_path / "one", 12), weights(tmp_path / "two", 12), 1e-4)
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(small_fields: Fields) -> None:
+    folder = Path(small_fields["run_dir"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    fields = words(small_fields | {"train.steps": 100_000, "train.save_every": 50_000})
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "selfsight", "pretrain", "digits/mae", *fields],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    wait_for_step(folder, 20, ranks[0])
+    ranks[1].send_signal(signal.SIGTERM)
+    told = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], told
+    last = checkpoint.steps(folder / "checkpoints")[-1]
+    assert last == read_lines(folder / "metrics.jsonl")[-1]["step"]
+    assert all(f"stopped on request after step {last} of 100,000" in text for text in told)
 
 
 def test_micro_batches_are_the_batch(small_fields: Fields, tmp_path: Path) -> None:

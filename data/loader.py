@@ -4,6 +4,7 @@ DataLoader is given the numbers of the batches; whichever worker is free makes t
 workers changes nothing, and neither does where the run starts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,13 +65,17 @@ class Batches(Dataset[HostBatch]):
 
     def _image(self, position: int, sample: int, bad: list[tuple[int, int, str]]) -> tuple[Image.Image, int]:
         """The image at a position; a bad one gives way to a substitute that depends on nothing but the position."""
-        substitutes = keyed.hashes(self.seed, "substitute", [position], SUBSTITUTES)[0] % np.uint64(len(self.shards))
-        for candidate in (sample, *map(int, substitutes)):
+        for candidate in self._candidates(position, sample):
             try:
                 return decode(self.shards.read(candidate), self.channels), candidate
             except DataError as error:
                 bad.append((position, candidate, str(error)))
         raise DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1][2]}")
+
+    def _candidates(self, position: int, sample: int) -> Iterator[int]:
+        yield sample
+        substitutes = keyed.hashes(self.seed, "substitute", [position], SUBSTITUTES)[0] % np.uint64(len(self.shards))
+        yield from map(int, substitutes)
 
 
 def loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLoader:

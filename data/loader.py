@@ -4,6 +4,10 @@ DataLoader is given the numbers of the batches; whichever worker is free makes t
 workers changes nothing, and neither does where the run starts.
 """
 
+import multiprocessing.connection
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +25,7 @@ from selfsight.data.shards import Shards
 from selfsight.data.views import ViewMaker
 from selfsight.errors import DataError
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what asks a run to save and stop
 SUBSTITUTES = 16  # tries to replace a bad sample; all bad means that the data are
 
 
@@ -92,7 +97,26 @@ def loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLoa
         collate_fn=_as_it_is,
         pin_memory=pin,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_parent,
     )
+
+
+def _end_with_parent(worker: int) -> None:
+    """Leave stopping to the training process, and end when it is gone, however it went.
+
+    A terminal or a cluster signals every process of the group: the trainer still needs the batches of its last step.
+    DataLoader's own watchdog looks at the parent's number, which is the fork server's and outlives the trainer.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _as_it_is(item: Any) -> Any:

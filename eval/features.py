@@ -119,11 +119,15 @@ def extract(
 
 
 def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) -> Features:
-    """Raw pixels in 0..1 as features, at most 32 x 32: the floor that any encoder must justify itself against."""
+    """Raw pixels as features, at most 32 x 32: the floor that any encoder must justify itself against.
+
+    In 0..1. A constant of a thousandth beside them gives an image that is black all over a direction, too.
+    """
     ids = np.arange(len(shards))
     crops = CentralCrops.of(shards, ids, preprocessing, min(preprocessing.image_size, PIXEL_SIDE))
     pixels = torch.cat(list(loader(crops, crops.numbers, workers, False)))
-    return Features({"pixels": pixels.flatten(1).float() / 255}, labels_of(shards, ids))
+    vectors = torch.cat([pixels.flatten(1).float() / 255, torch.full((len(pixels), 1), 1e-3)], dim=1)
+    return Features({"pixels": vectors}, labels_of(shards, ids))
 
 
 def channel_statistics(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:

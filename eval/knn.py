@@ -36,10 +36,10 @@ def usable_k(candidates: Sequence[int], bank: int) -> tuple[int, ...]:
     """The candidates that a bank can serve.
 
     Raises:
-        UsageError: none of them, or a single k that was asked for and is too large.
+        UsageError: none of them.
     """
     fitting = tuple(k for k in candidates if 1 <= k <= bank)
-    if not fitting or (len(candidates) == 1 and not fitting):
+    if not fitting:
         raise UsageError(
             f"k = {', '.join(map(str, candidates))}: the bank has only {bank} samples; choose k of at most {bank}"
         )
@@ -105,8 +105,8 @@ def unit(features: Tensor) -> Tensor:
         NumericError: a feature that is not finite or has length zero.
     """
     lengths = features.norm(dim=1)
-    if not (lengths.isfinite() & (lengths > 0)).all():
-        raise NumericError("features with length zero or values that are not finite have no direction to compare")
+    if bad := int((~(lengths.isfinite() & (lengths > 0))).sum()):
+        raise NumericError(f"{bad} features are not finite or have length zero: they have no direction to compare")
     return F.normalize(features).contiguous()
 
 

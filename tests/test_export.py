@@ -91,7 +91,7 @@ def test_features_that_differ_are_not_exported(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(
         Encoder, "embed", lambda self, x, pool=None: real(self, x, "cls")
     )  # another function than the exported
-    with pytest.raises(StorageError, match=r"timm's features differ from the live encoder's by .* more than 1e-05"):
+    with pytest.raises(StorageError, match=r"timm's features differ from the live encoder's by .*, features up to"):
         export(encoder, tmp_path / "enc", {})
     monkeypatch.undo()
     tensors = load_file(tmp_path / "enc" / "model.safetensors")
@@ -141,6 +141,21 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(small_fields: dict[str, A
     path = checkpoint.save(folder, 7, state, saved.tensors, keep=2)
     with pytest.raises(UsageError, match=r"Missing key.*backbone.norm.weight"):
         load_encoder(path)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("dear")
+    with pytest.raises(UsageError, match="exists and is no export"):
+        export(make(), tmp_path / "thesis", {})
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "dear"
+
+
+@torch.no_grad()
+def test_large_features_are_compared_by_their_size(tmp_path: Path) -> None:
+    encoder = make()
+    encoder.backbone.norm.weight.mul_(1000)
+    assert export(encoder, tmp_path / "enc", {}) < 1e-2
 
 
 def test_what_is_no_encoder_is_said(tmp_path: Path) -> None:

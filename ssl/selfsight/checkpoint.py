@@ -67,7 +67,10 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
         raise StorageError(
             f"{final}: the checkpoint could not be written ({reason}); older ones are untouched"
         ) from None
-    for old in steps(folder)[:-keep]:
+    # What stands above this step is a future that a crash damaged: it must not count among the kept.
+    others = [other for other in steps(folder) if other != step]
+    below = [other for other in others if other < step]
+    for old in [*below[: len(below) - keep + 1], *[other for other in others if other > step]]:
         shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
     return final
 

@@ -1,6 +1,7 @@
 """metrics.jsonl, one object a line, and whatever trackers were asked for."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -20,7 +21,7 @@ TIMING = ("images_per_second", "data_wait", "memory")
 
 
 class MetricsLog:
-    """Appends a line on the main process; every line is on the disk when `write` returns to it."""
+    """Appends a line on the main process."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator = path, accelerator
@@ -36,6 +37,8 @@ class MetricsLog:
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint must not outlive the lines before it
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
@@ -70,8 +73,15 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew; what was logged, scored or saved in between is not counted."""
+        """Begin anew."""
         self.since, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time inside (scoring, saving) out of the count."""
+        stopped = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - stopped
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -85,10 +95,11 @@ class Meter:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """The fields of TIMING."""
+        """The fields of TIMING; the count begins anew."""
         spent = time.perf_counter() - self.since
-        rate = self.steps * self.batch_size / spent
-        return dict(zip(TIMING, (round(rate, 2), round(self.waited / spent, 4), round(self._memory())), strict=True))
+        rate, wait = self.steps * self.batch_size / spent, self.waited / spent
+        self.restart()
+        return dict(zip(TIMING, (round(rate, 2), round(wait, 4), round(self._memory())), strict=True))
 
     def _memory(self) -> float:
         """Peak memory of this process so far, MiB: the GPU's where training runs on one, else resident memory."""

@@ -100,4 +100,4 @@ def read(path: Path) -> dict[str, Any]:
 
 def dump(tree: Any) -> str:
     """YAML that `parse` reads back as the same value."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120)

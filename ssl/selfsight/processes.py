@@ -2,16 +2,18 @@
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from selfsight.errors import Stopped, UsageError
+from selfsight.data.loader import STOP_SIGNALS
+from selfsight.errors import Stopped, StorageError, UsageError
 from selfsight.recipe import Recipe
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_REQUEST = 5.0  # seconds; a cluster and torchrun both signal a rank, and mean the same request
 
 
 def join(recipe: Recipe) -> Accelerator:
@@ -50,6 +52,17 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     return bool(shared.item())
 
 
+def same_on_every_rank(accelerator: Accelerator, value: int, what: str) -> None:
+    """Raise StorageError unless every rank has this value."""
+    if accelerator.num_processes == 1:
+        return
+    bounds = torch.tensor([value, -value], device=accelerator.device)
+    torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+    most, least = bounds[0].item(), -bounds[1].item()
+    if most != least:
+        raise StorageError(f"{what} is {least:,} on one rank and {most:,} on another")
+
+
 def loader_workers(recipe: Recipe) -> int:
     """Loader processes for this rank: as asked, or this machine's cores shared among its ranks, at most 8."""
     if recipe.train.workers is not None:
@@ -59,10 +72,11 @@ def loader_workers(recipe: Recipe) -> int:
 
 
 class StopRequest:
-    """While it is entered, the first SIGTERM, SIGINT or SIGUSR1 sets `asked`; the second ends the process at once."""
+    """While it is entered, a first SIGTERM, SIGINT or SIGUSR1 sets `asked`; one more than 5 s later ends the process."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.since = 0.0
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
@@ -75,6 +89,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if not self.asked:
+            self.asked, self.since = True, time.monotonic()
+        elif time.monotonic() - self.since > SAME_REQUEST:
             os._exit(Stopped.exit_code)
-        self.asked = True

@@ -1,5 +1,6 @@
 """The run folder: one living owner, one recipe, and files that a restart does not damage."""
 
+import fcntl
 import json
 import os
 import socket
@@ -13,25 +14,24 @@ LOCK = "run.lock"
 
 
 class RunLock:
-    """Holds a run folder for this process; a second living owner is refused, a dead one's lock is taken over.
+    """Holds a run folder for this process, as long as it lives: the kernel lets go when it dies, however it dies.
 
     Raises:
-        UsageError: a living process, or one on another machine, holds the folder.
+        UsageError: another living process holds the folder.
         StorageError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
-        self.me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "boot": _boot()}
+        self.handle = -1
 
     def __enter__(self) -> "RunLock":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._create():
-                self._refuse_living()
-                self.path.unlink(missing_ok=True)
-                if not self._create():
-                    raise UsageError(f"{self.path.parent}: another process has just taken this run")
+            while not self._acquire():
+                os.close(self.handle)
+            os.ftruncate(self.handle, 0)
+            os.pwrite(self.handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
         except OSError as error:
             raise StorageError(f"{self.path.parent}: cannot be written ({error.strerror})") from None
         return self
@@ -40,49 +40,23 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.path.unlink(missing_ok=True)
+        os.close(self.handle)
 
-    def _create(self) -> bool:
+    def _acquire(self) -> bool:
+        """Lock the file; False if its last owner removed it in between, so that it has to be made again."""
+        self.handle = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
-            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w") as file:
-            json.dump(self.me, file)
-        return True
-
-    def _refuse_living(self) -> None:
-        try:
-            owner = json.loads(self.path.read_text())
-            host, pid = owner["host"], int(owner["pid"])
-        except (ValueError, KeyError, TypeError):  # cut off by a full disk or a crash while it was written
-            return
-        if host != self.me["host"]:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self.handle, 4096, 0).decode("utf-8", "replace")
+            os.close(self.handle)
             raise UsageError(
-                f"{self.path.parent}: in use by process {pid} on {host}; if that is over, remove {self.path}"
-            )
-        if owner.get("boot") == self.me["boot"] and _started(pid) == owner.get("started") is not None:
-            raise UsageError(f"{self.path.parent}: in use by process {pid}; wait for it, or choose another run_dir")
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in ticks since boot; tells a process from a later one of the same number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return None
-    try:  # no /proc (macOS): only whether it lives
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "unknown"
-
-
-def _boot() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
+                f"{self.path.parent}: in use by another process {owner}; wait for it, or choose another run_dir"
+            ) from None
+        try:
+            return os.fstat(self.handle).st_ino == self.path.stat().st_ino
+        except FileNotFoundError:
+            return False
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -93,26 +67,33 @@ def write_atomically(path: Path, text: str) -> None:
     """
     draft = path.with_name(f".{path.name}.tmp")
     try:
-        draft.write_text(text)
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a crash cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The objects of a JSON-lines file; lines that a crash cut off or damaged are left out."""
+    found = []
+    for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def cut_lines_after(path: Path, step: int) -> None:
     """Drop the metrics of steps after a checkpoint: they will be made again."""
     if path.exists():
-        whole = path.read_text().split("\n")[:-1]
-        kept = [line for line in whole if json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from selfsight.finish import finish
 from selfsight.metrics import Meter, MetricsLog, require_trackers, start_trackers
 from selfsight.objectives.base import Loss
 from selfsight.optim import lr_at, move_average, set_lr
-from selfsight.processes import StopRequest, any_rank, join, loader_workers
+from selfsight.processes import StopRequest, any_rank, join, loader_workers, same_on_every_rank
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
 from selfsight.run_folder import RunLock, cut_lines_after, write_atomically
@@ -101,10 +101,11 @@ def train(parts: Parts, accelerator: Accelerator) -> None:
                 line = {"step": done, "epoch": round(parts.epoch(done), 4), **mean_loss(losses, accelerator)}
                 line |= {"lr": lr, "grad_norm": norm.item()}
                 timing = meter.read()
-                log.write(line | (online(parts.scored, device) if scoring and online else {}) | timing)
-                meter.restart()
+                with meter.pause():
+                    log.write(line | (online(parts.scored, device) if scoring and online else {}) | timing)
             if main and (stopping or done == 1 or due(done, config.save_every, steps)):
-                checkpoint.save(folder / "checkpoints", done, parts.state(), parts.tensors(), config.keep)
+                with meter.pause():
+                    checkpoint.save(folder / "checkpoints", done, parts.state(), parts.tensors(), config.keep)
             if stopping and done < steps:
                 accelerator.wait_for_everyone()  # a rank that leaves early has the launcher end the one that saves
                 raise Stopped(
@@ -117,6 +118,9 @@ def resume(parts: Parts, accelerator: Accelerator) -> int:
     folder, told = parts.recipe.run_dir, parts.notes
     newest, warnings = checkpoint.newest(folder / "checkpoints")
     done = parts.restore(checkpoint.load(newest), str(folder)) if newest else 0
+    same_on_every_rank(
+        accelerator, done, f"{folder}: the newest checkpoint (its folder must be one that all machines share)"
+    )
     if accelerator.is_main_process:
         cut_lines_after(folder / "metrics.jsonl", done)
         write_atomically(folder / "recipe.yaml", parts.recipe.to_yaml())

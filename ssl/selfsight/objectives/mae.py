@@ -59,8 +59,8 @@ class MAE(Objective):
         predicted = self.decode(tokens, keep, hidden)
         target = self.target(images, hidden)
         loss = (predicted.float() - target).square().mean()
-        # The best constant prediction is the floor: 1 - 1 / pixels for normalised patches, else the pixels' variance.
-        return Loss(loss, {"floor": target.var(correction=0)})
+        # The floor paints the hidden patches in the best single colour of each image; 1 - 1 / p^2 C for normalised ones.
+        return Loss(loss, {"floor": target.var(dim=(1, 2), correction=0).mean()})
 
     def decode(self, tokens: Tokens, keep: Tensor, hidden: Tensor) -> Tensor:
         """Pixels of the hidden patches (B, M, C p p) from the encoder's tokens of the visible ones."""

@@ -17,11 +17,13 @@ setup() { # setup EXTRAS: a virtual environment with this checkout in it, made o
   local stamp want
   stamp="$venv/.selfsight-installed$1"
   want="$(cksum < "$here/pyproject.toml")"
-  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && return
+  [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && return
   local python="${PYTHON:-python3}"
   command -v "$python" > /dev/null || die "no $python on this machine; install Python 3.10 or newer"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$("$python" --version) is too old; 3.10 or newer is needed"
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || die "could not make $venv (on Debian and Ubuntu: apt install python3-venv)"
+  if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then # none, or one that was left half made
+    "$python" -m venv --clear "$venv" || die "could not make $venv (on Debian and Ubuntu: apt install python3-venv)"
+  fi
   echo "launch.sh: installing into $venv (torch is large: a few minutes the first time)" >&2
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$here$1" || die "the installation failed, see above"
   echo "$want" > "$stamp"
@@ -29,7 +31,6 @@ setup() { # setup EXTRAS: a virtual environment with this checkout in it, made o
 
 interpreter() { # an environment that is already active and has selfsight wins; then .venv
   if [ -n "${VIRTUAL_ENV:-}" ] && "$VIRTUAL_ENV/bin/python" -c 'import selfsight' 2> /dev/null; then echo "$VIRTUAL_ENV/bin/python"
-  elif [ -x "$venv/bin/python" ]; then echo "$venv/bin/python"
   else setup ""; echo "$venv/bin/python"; fi
 }
 
@@ -46,18 +47,17 @@ train() {
   count="${PROCESSES:-$(gpus "$python")}"
   [ "$count" -ge 1 ] || count=1
   nodes="${NODES:-${SLURM_NNODES:-1}}"
-  if [ "$nodes" -gt 1 ]; then
-    local head="${MASTER_ADDR:-}"
-    [ -n "$head" ] || { [ -n "${SLURM_JOB_NODELIST:-}" ] && head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"; }
-    [ -n "$head" ] || die "NODES=$nodes needs MASTER_ADDR, the name of the first machine"
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / count > 0 ? $(nproc) / count : 1))}"
-    exec "$python" -m torch.distributed.run --nnodes "$nodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" \
-      --nproc-per-node "$count" --master-addr "$head" --master-port "${MASTER_PORT:-29500}" -m selfsight pretrain "$@"
-  elif [ "$count" -gt 1 ]; then
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / count > 0 ? $(nproc) / count : 1))}"
-    exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" -m selfsight pretrain "$@"
-  fi
-  exec "$python" -m selfsight pretrain "$@"
+  if [ "$nodes" -eq 1 ] && [ "$count" -eq 1 ]; then exec "$python" -m selfsight pretrain "$@"; fi
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / count > 0 ? $(nproc) / count : 1))}"
+  # torchrun ends its ranks 30 s after a signal: too short for a long step and its checkpoint.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+  local run=("$python" -m torch.distributed.run --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --nproc-per-node "$count")
+  if [ "$nodes" -eq 1 ]; then exec "${run[@]}" --standalone -m selfsight pretrain "$@"; fi
+  local head="${MASTER_ADDR:-}"
+  [ -n "$head" ] || { [ -n "${SLURM_JOB_NODELIST:-}" ] && head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"; }
+  [ -n "$head" ] || die "NODES=$nodes needs MASTER_ADDR, the name of the first machine"
+  exec "${run[@]}" --nnodes "$nodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:-0}}" \
+    --master-addr "$head" --master-port "${MASTER_PORT:-29500}" -m selfsight pretrain "$@"
 }
 
 case "${1:-}" in
@@ -75,7 +75,7 @@ case "${1:-}" in
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
     "$venv/bin/mypy"
-    OMP_WAIT_POLICY=passive exec "$venv/bin/python" -m pytest "$@"
+    OMP_WAIT_POLICY=passive exec "$venv/bin/python" -m pytest -n auto "$@"
     ;;
   *) train "$@" ;;
 esac

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import webdataset as wds
-from PIL import Image, ImageOps
+from PIL import Image
 
 from selfsight.data import digits
-from selfsight.data.decode import open_image
+from selfsight.data.decode import decode, open_image
 from selfsight.data.index import IMAGE_SUFFIXES, UNLABELLED, build_index
 from selfsight.data.shards import Shards, find_shards
 from selfsight.errors import DataError, StorageError, UsageError
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+FORM_OF = {"MPO": "JPEG"}  # a JPEG with further pictures behind it, as many cameras write
 SUFFIX_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif", "GIF": "gif"}
 
 Samples = Iterator[tuple[Image.Image | bytes, int | None]]  # encoded, or pixels to be stored as PNG; label
@@ -138,11 +139,13 @@ def write_shards(
 ) -> None:
     """Write images (encoded, or to be stored as PNG) and labels with webdataset's writer, and index them."""
     count = 0
-    with wds.ShardWriter(
-        f"{folder}/{prefix}-%06d.tar", maxcount=per_shard, maxsize=2**40, verbose=0, mtime=0
-    ) as writer:
+    pattern = f"{folder}/{prefix}".replace("%", "%%") + "-%06d.tar"
+    with wds.ShardWriter(pattern, maxcount=per_shard, maxsize=2**40, verbose=0, mtime=0) as writer:
         for image, label in samples:
-            suffix, body = _encode(image, encoding)
+            try:
+                suffix, body = _encode(image, encoding)
+            except DataError as error:
+                raise DataError(f"image {count + 1} of the source: {error}") from None
             sample: dict[str, Any] = {"__key__": f"{count:09d}", suffix: body}
             if label is not None:
                 sample["cls"] = str(label).encode()
@@ -150,33 +153,25 @@ def write_shards(
             count += 1
     if not count:
         raise DataError("the source holds no image")
-    for shard in sorted(folder.glob(f"{prefix}-*.tar")):
+    for shard in sorted(folder.glob("*.tar")):
         build_index(shard)
 
 
 def _encode(image: Image.Image | bytes, encoding: Encoding) -> tuple[str, bytes]:
-    """Suffix and bytes; bytes that came encoded stay as they are unless a change is asked for."""
+    """Suffix and bytes. Bytes that came encoded stay as they are unless a change is asked for; what is encoded anew has
+    8 bits, grey or RGB, by the conversion that training uses (`decode`)."""
+    stored = "PNG"
     if isinstance(image, bytes):
         opened = open_image(image)
+        stored = FORM_OF.get(opened.format or "", opened.format or "PNG")
         if not encoding.changes:
-            return SUFFIX_OF[opened.format or ""], image
-        image, stored = opened, opened.format or "PNG"
-    else:
-        stored = "PNG"
-    image = ImageOps.exif_transpose(image)  # the tag is lost in re-encoding
+            return SUFFIX_OF[stored], image
+        image = decode(image, 1 if opened.mode in {"1", "L"} or opened.mode.startswith("I;16") else 3)
     if encoding.short_side and min(image.size) > encoding.short_side:
         scale = encoding.short_side / min(image.size)
         width, height = (max(encoding.short_side, round(side * scale)) for side in image.size)
-        image = image.convert("RGB") if image.mode in {"P", "1"} else image
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    form = (encoding.format or stored).upper()
-    if form == "JPEG" and image.mode not in {"L", "RGB", "CMYK"}:
-        if image.mode not in {"P", "1"}:
-            raise DataError(
-                f"an image of mode {image.mode} cannot be stored as JPEG without loss of depth or alpha; use png"
-            )
-        image = image.convert("RGB")
-    out = BytesIO()
+    form, out = (encoding.format or stored).upper(), BytesIO()
     image.save(out, form, **({} if form == "PNG" else {"quality": encoding.quality}))
     return SUFFIX_OF[form], out.getvalue()
 
@@ -194,10 +189,10 @@ def _folder(source: Path, unlabelled: bool) -> tuple[list[str], Samples]:
 
 
 def _checked(path: Path) -> bytes:
-    body = path.read_bytes()
     try:
+        body = path.read_bytes()
         open_image(body)
-    except DataError as error:
+    except (DataError, OSError) as error:
         raise DataError(f"{path}: {error}; remove or repair it") from None
     return body
 
@@ -209,6 +204,8 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
     paths = sorted(Path(source).glob("*.tar*")) if Path(source).is_dir() else find_shards(source)
     for path in (path for path in paths if path.suffix != ".idx"):
         plain = raw / (path.name if path.suffix == ".tar" else path.name.removesuffix(path.suffix))
+        if plain.exists():
+            raise UsageError(f"{path}: a second shard of the name {plain.name}; build the folders one by one")
         try:
             with OPENERS.get(path.suffix, open)(path, "rb") as packed, plain.open("wb") as out:
                 shutil.copyfileobj(packed, out, 2**20)
@@ -242,7 +239,7 @@ def _torchvision(name: str, root: Path | None, split: str, download: bool) -> tu
     given |= {"download": download} if "download" in takes else {}
     try:
         dataset = kind(**given)
-    except (RuntimeError, ValueError, FileNotFoundError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
         advice = "" if download else " (--root says where it lies, --download lets torchvision fetch it)"
         raise DataError(f"{name}: {str(error).splitlines()[0]}{advice}") from None
     return list(map(str, getattr(dataset, "classes", None) or [])), _items(name, dataset)

@@ -9,7 +9,7 @@ import numpy as np
 
 from selfsight.console import say, table
 from selfsight.data.decode import decode, open_image
-from selfsight.data.index import label_histogram
+from selfsight.data.index import label_histogram, read_index, scan
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError
 
@@ -37,6 +37,14 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None) -> dict[st
         except DataError as error:
             bad.append({"sample": shards.describe(i), "reason": str(error)})
         advance()
+    for path in shards.paths:  # the samples above are the index's; is it still this tar's?
+        try:
+            if not np.array_equal(scan(path, missing="exclude"), read_index(path)):
+                bad.append(
+                    {"sample": path.name, "reason": f"the index is another tar's; selfsight shards index {path}"}
+                )
+        except DataError as error:
+            bad.append({"sample": path.name, "reason": str(error)})
     labels = shards.labels
     clones = [ids for ids in same.values() if len(ids) > 1]
     sides = np.array(sizes or [(0, 0)]).min(1)

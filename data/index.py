@@ -52,7 +52,14 @@ def index_path(shard: Path) -> Path:
 
 
 def build_index(shard: Path, *, missing: str = "error") -> Records:
-    """Walk one tar, pair images with labels by WebDataset's keys, and write its index.
+    """Walk one tar and write its index; see `scan`."""
+    records = scan(shard, missing)
+    _write(index_path(shard), records, shard.stat().st_size)
+    return records
+
+
+def scan(shard: Path, missing: str = "error") -> Records:
+    """Walk one tar and pair images with labels by WebDataset's keys.
 
     Args:
         shard: a plain tar of `KEY.jpg`-like images and, if there are labels, `KEY.cls` integers.
@@ -73,7 +80,6 @@ def build_index(shard: Path, *, missing: str = "error") -> Records:
     )
     if not len(records):
         raise DataError(f"{shard}: holds no image (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    _write(index_path(shard), records, len(buffer))
     return records
 
 

@@ -25,7 +25,6 @@ from selfsight.data.shards import Shards
 from selfsight.data.views import ViewMaker
 from selfsight.errors import DataError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what asks a run to save and stop
 SUBSTITUTES = 16  # tries to replace a bad sample; all bad means that the data are
 
 
@@ -104,10 +103,12 @@ def loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLoa
 def _end_with_parent(worker: int) -> None:
     """Leave stopping to the training process, and end when it is gone, however it went.
 
-    A terminal or a cluster signals every process of the group: the trainer still needs the batches of its last step.
+    A terminal, torchrun or a cluster signals every process of a group, but the trainer still needs the batches of its
+    last step: so workers leave the group. SIGTERM itself stays as it is; DataLoader ends its workers with it.
     DataLoader's own watchdog looks at the parent's number, which is the fork server's and outlives the trainer.
     """
-    for number in STOP_SIGNALS:
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -37,7 +37,11 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
             continue
         if "://" in part or part.startswith("pipe:"):
             raise UsageError(f"{part.split('?')[0]}: only local paths are read; copy the shards to a disk first")
-        for pattern in braceexpand(part):
+        try:
+            patterns = list(braceexpand(part))
+        except ValueError:
+            raise UsageError(f"{part}: its braces do not match") from None
+        for pattern in patterns:
             shards += _expand(Path(pattern).expanduser())
     lost = [str(path) for path in shards if not path.exists()]
     if lost:
@@ -101,15 +105,20 @@ class Shards:
         """The encoded image of one sample, by one `pread`.
 
         Raises:
-            DataError: bytes that are not those that were indexed.
+            DataError: a file that cannot be read, or bytes that are not those that were indexed.
         """
         shard, record = self._locate(sample)
-        size = int(record["size"])
-        for _ in range(2):  # a second read tells a passing fault from bit rot
-            body = os.pread(self._file(shard), size, int(record["offset"]))
+        size, reason = int(record["size"]), ""
+        for _ in range(2):  # a second read tells a passing fault from a lasting one
+            try:
+                body = os.pread(self._file(shard), size, int(record["offset"]))
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror})"
+                continue
             if zlib.crc32(body) == record["crc"]:
                 return body
-        raise DataError(f"{self.describe(sample)}: the bytes are not those that were indexed (CRC)")
+            reason = "the bytes are not those that were indexed (CRC)"
+        raise DataError(f"{self.describe(sample)}: {reason}")
 
     def _locate(self, sample: int) -> tuple[int, np.void]:
         if not 0 <= sample < len(self):

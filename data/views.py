@@ -86,8 +86,7 @@ def resize_and_crop(image: Image.Image, size: int, crop_pct: float, resampling: 
     """Evaluation's view: shorter side to floor(size / crop_pct), then the central size x size, as timm does it."""
     short = int(size / crop_pct)
     if min(image.size) != short:
-        scale = short / min(image.size)
-        longer = int(max(image.size) * scale)
+        longer = short * max(image.size) // min(image.size)
         image = image.resize((short, longer) if image.width <= image.height else (longer, short), resampling)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))

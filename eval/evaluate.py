@@ -13,7 +13,7 @@ from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import UsageError
 from selfsight.eval.features import Features, extract, labels_of, pixels_of
-from selfsight.eval.knn import DEFAULT_K, TEMPERATURE, held_out, knn, refuse_unknown_classes, usable_k
+from selfsight.eval.knn import DEFAULT_K, TEMPERATURE, dense_labels, held_out, knn, usable_k
 from selfsight.eval.linear import DECAYS, RATES, SEEDS, linear
 
 Score = dict[str, Any]
@@ -84,7 +84,7 @@ def scorable_sets(train: str | Sequence[str], test: str | Sequence[str], k: Sequ
     """
     sets = (Shards(train), Shards(test))
     fit, held = (labels_of(shards, np.arange(len(shards))) for shards in sets)
-    refuse_unknown_classes(fit, held)
+    dense_labels(fit, held)
     usable_k(k, len(held_out(len(fit))[0]))
     return sets
 

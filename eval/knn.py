@@ -33,13 +33,13 @@ def held_out(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def usable_k(candidates: Sequence[int], bank: int) -> tuple[int, ...]:
-    """The candidates that a bank can serve.
+    """The candidates that a bank can serve: of the default ones those that fit, of others all.
 
     Raises:
-        UsageError: none of them.
+        UsageError: none of the default ones fits, or not all of the others.
     """
     fitting = tuple(k for k in candidates if 1 <= k <= bank)
-    if not fitting:
+    if not fitting or (len(fitting) < len(candidates) and tuple(candidates) != DEFAULT_K):
         raise UsageError(
             f"k = {', '.join(map(str, candidates))}: the bank has only {bank} samples; choose k of at most {bank}"
         )
@@ -59,7 +59,7 @@ def knn(
         UsageError: no candidate fits the bank, or test has classes that train lacks.
         NumericError: a feature that is not finite or has length zero.
     """
-    refuse_unknown_classes(train_labels, test_labels)
+    train_labels, test_labels, _ = dense_labels(train_labels, test_labels)
     train, test = unit(train), unit(test)
     fit, choose = held_out(len(train))
     candidates = usable_k(k, len(fit))
@@ -90,7 +90,8 @@ def search(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest inner products and where they are, best first: (Q, k) each, on the CPU; found on the GPU if there is one."""
     if torch.cuda.is_available():
         columns = bank.cuda().T
-        found = [(part.cuda() @ columns).topk(k) for part in queries.split(_QUERIES)]
+        rows = max(1, 2**28 // len(bank))  # a gigabyte of similarities at a time
+        found = [(part.cuda() @ columns).topk(k) for part in queries.split(rows)]
         return torch.cat([part.values for part in found]).cpu(), torch.cat([part.indices for part in found]).cpu()
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(bank.numpy())
@@ -110,8 +111,13 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features).contiguous()
 
 
-def refuse_unknown_classes(train_labels: Tensor, test_labels: Tensor) -> None:
-    """Raise UsageError if test has classes that train lacks."""
-    unknown = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
-    if unknown:
+def dense_labels(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Labels as 0 to C - 1 in the order of train's classes, and C; they may be any integers before.
+
+    Raises:
+        UsageError: test has classes that train lacks.
+    """
+    classes, dense = train.unique(return_inverse=True)
+    if unknown := sorted(set(test.tolist()) - set(classes.tolist())):
         raise UsageError(f"test has {len(unknown)} classes that train lacks: {', '.join(map(str, unknown[:10]))}")
+    return dense, torch.searchsorted(classes, test), len(classes)

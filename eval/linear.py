@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from selfsight import keyed
-from selfsight.eval.knn import held_out, refuse_unknown_classes
+from selfsight.eval.knn import dense_labels, held_out
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DECAYS = (0.0, 1e-4, 1e-3)
@@ -46,20 +46,20 @@ def linear(
     Raises:
         UsageError: test has classes that train lacks.
     """
-    refuse_unknown_classes(train_labels, test_labels)
+    train_labels, test_labels, classes = dense_labels(train_labels, test_labels)
     fit, choose = held_out(len(train_labels))
     heads = [(rate, decay) for rate in RATES for decay in DECAYS]
     tried: list[tuple[float, float, str, float, float]] = []
     for pool, features in train.items():
         scale = Standardizer(features[fit])
-        weights = fit_heads(scale(features[fit]), train_labels[fit], heads, seed=0)
+        weights = fit_heads(scale(features[fit]), train_labels[fit], classes, heads, seed=0)
         accuracies, losses = score(weights, scale(features[choose]), train_labels[choose])
         tried += [(a, -loss, pool, *head) for a, loss, head in zip(accuracies, losses, heads, strict=True)]
     _, _, pool, rate, decay = max(tried)  # a tenth is small: among equal accuracies the lowest cross-entropy wins
     scale = Standardizer(train[pool])
     final = []
     for seed in range(seeds):
-        weights = fit_heads(scale(train[pool]), train_labels, [(rate, decay)], seed)
+        weights = fit_heads(scale(train[pool]), train_labels, classes, [(rate, decay)], seed)
         final += score(weights, scale(test[pool]), test_labels)[0]
     return LinearResult(tuple(final), pool, rate, decay)
 
@@ -76,17 +76,18 @@ class Standardizer:
         return torch.cat([scaled, scaled.new_ones(len(scaled), 1)], dim=1)
 
 
-def fit_heads(features: Tensor, labels: Tensor, heads: list[tuple[float, float]], seed: int) -> Tensor:
+def fit_heads(features: Tensor, labels: Tensor, classes: int, heads: list[tuple[float, float]], seed: int) -> Tensor:
     """Train H = len(heads) softmax regressions by SGD with momentum and a cosine rate: weights (D, H, C).
 
     Args:
         features: (N, D) from a Standardizer; the last column is the bias, which is not decayed.
+        classes: how many there are; labels are 0 to classes - 1.
         heads: (learning rate, weight decay) of each.
         seed: of the order of the samples and the initial weights.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     features, labels = features.to(device), labels.to(device)
-    size, width, classes = len(features), features.shape[1], int(labels.max()) + 1
+    size, width = len(features), features.shape[1]
     steps = min(MOST_STEPS, max(LEAST_STEPS, EPOCHS * size // BATCH))
     rates, decays = (torch.tensor(column, device=device).view(1, -1, 1) for column in zip(*heads, strict=True))
     start = torch.from_numpy(keyed.uniform(seed, "probe weights", range(width), classes)).float() * 0.02 - 0.01
@@ -111,8 +112,11 @@ def fit_heads(features: Tensor, labels: Tensor, heads: list[tuple[float, float]]
 
 def score(weights: Tensor, features: Tensor, labels: Tensor) -> tuple[list[float], list[float]]:
     """Accuracy (percent) and mean cross-entropy of each of the H heads. A head that diverged has 0 and infinity."""
-    logits = (features.to(weights.device) @ weights.flatten(1)).view(len(features), *weights.shape[1:]).double().cpu()
-    finite = logits.isfinite().all(-1).all(0)
-    hits = (logits.argmax(-1) == labels[:, None]).double().mean(0)
-    losses = -logits.log_softmax(-1)[torch.arange(len(labels)), :, labels].mean(0)
-    return (100 * hits * finite).tolist(), torch.where(finite, losses, torch.inf).tolist()
+    hits, losses = torch.zeros(2, weights.shape[1], dtype=torch.float64)
+    for x, y in zip(features.split(BATCH), labels.split(BATCH), strict=True):
+        logits = (x.to(weights.device) @ weights.flatten(1)).view(len(x), *weights.shape[1:]).double().cpu()
+        hits += (logits.argmax(-1) == y[:, None]).sum(0)
+        losses -= logits.log_softmax(-1)[torch.arange(len(y)), :, y].sum(0)
+    losses = losses / len(labels)  # not finite where any logit was not
+    accuracies = torch.where(losses.isfinite(), 100 * hits / len(labels), 0.0)
+    return accuracies.tolist(), losses.nan_to_num(torch.inf, torch.inf).tolist()

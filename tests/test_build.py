@@ -128,6 +128,41 @@ def test_digits_are_scikit_learns(tmp_path: Path) -> None:
     assert np.array_equal(np.rint(stored.astype(float) * 16 / 255), pixels[4::5].reshape(-1, 8, 8))
 
 
+def test_what_cameras_write(tmp_path: Path) -> None:
+    """A JPEG with a second picture (MPO), 16 bits in grey, a truncated file, and a name with a percent sign."""
+    (tmp_path / "src").mkdir()
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "src" / "a.jpg", "MPO", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)).save(tmp_path / "src" / "b.png")
+    build(str(tmp_path / "src"), tmp_path / "100% kept")
+    shards = Shards(str(tmp_path / "100% kept"))
+    assert shards.read(0) == (tmp_path / "src" / "a.jpg").read_bytes()
+    build(str(tmp_path / "src"), tmp_path / "again", encoding=Encoding(format="webp", quality=100))
+    ramp = np.asarray(open_image(Shards(str(tmp_path / "again")).read(1)).convert("L")).ravel().astype(int)
+    assert np.abs(ramp - np.linspace(0, 255, 64)).max() < 16  # scaled, not clipped
+    out = BytesIO()
+    pictures(1, (64, 64), mode="RGB")[0][0].save(out, "JPEG", quality=100)
+    (tmp_path / "src" / "c.jpg").write_bytes(out.getvalue()[:-2000])
+    with pytest.raises(DataError, match="image 3 of the source: damaged image"):
+        build(str(tmp_path / "src"), tmp_path / "none", encoding=Encoding(short_side=8))
+
+
+def test_tars_of_the_same_name_are_not_merged_in_silence(tmp_path: Path) -> None:
+    for folder in ("d1", "d2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "s.tar").write_bytes(make_tar([("x.png", _png())]))
+    with pytest.raises(UsageError, match=r"a second shard of the name s.tar"):
+        build(f"{tmp_path}/d{{1,2}}/s.tar", tmp_path / "out")
+
+
+def test_check_sees_labels_that_changed_behind_the_index(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(make_tar([("a.png", _png()), ("a.cls", b"1")]))
+    assert cli.main(["shards", "index", str(tmp_path / "x.tar")]) == 0
+    assert check(Shards(str(tmp_path)))["bad"] == []
+    (tmp_path / "x.tar").write_bytes(make_tar([("a.png", _png()), ("a.cls", b"2")]))
+    assert [bad["sample"] for bad in check(Shards(str(tmp_path)))["bad"]] == ["x.tar"]
+
+
 def test_check_finds_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [("a.png", _png()), ("a.cls", b"1"), ("b.png", _png()), ("b.cls", b"2"), ("c.jpg", b"\xff\xd8\xff broken")]
     (tmp_path / "x.tar").write_bytes(make_tar(files))

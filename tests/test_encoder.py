@@ -289,6 +289,31 @@ def test_a_classifier_is_left_out_and_named(tmp_path: Path) -> None:
     )
 
 
+def test_norms_and_pools_of_other_models_find_their_place(tmp_path: Path) -> None:
+    encoder = make(1, **TINY)
+    tensors = {
+        name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: v
+        for name, v in encoder.backbone.state_dict().items()
+    }
+    save_file(tensors | {"attn_pool.q.weight": torch.zeros(2, 2)}, tmp_path / "w.safetensors")
+    target = make(0, **TINY)
+    lines = load_weights(target, str(tmp_path / "w.safetensors"), "x")
+    assert lines[1:] == [
+        "attention pool left out: attn_pool.q.weight",
+        "fc_norm loaded as norm: the last norm stands before the pool, not after it",
+    ]
+    assert torch.equal(target.backbone.norm.weight, encoder.backbone.norm.weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["convnext_atto", "resnet18", "vgg11", "densenet121", "hiera_tiny_224", "vit_small_patch16_18x2_224"]
+)
+def test_every_kind_of_timm_model_takes_its_own_weights(name: str, tmp_path: Path) -> None:
+    config = {"name": name, "pool": "head", "init": "timm", "positions": "learned"}
+    source = make(1, **config)
+    load_weights(make(0, **config), saved(source, tmp_path / "w.safetensors"), name)
+
+
 def test_a_timm_model_by_name_through_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real loading code of timm and the hub, on a cache that holds what a download would have left there."""
     model = timm.create_model("vit_tiny_patch16_224")
@@ -319,3 +344,5 @@ def test_a_timm_model_that_cannot_be_fetched_is_one_line(tmp_path: Path, monkeyp
     assert "\n" not in str(told.value)
     with pytest.raises(UsageError, match="nor a model that timm knows"):
         load_encoder("no_such_model")
+    with pytest.raises(UsageError, match="no pretrained weights under this name"):
+        load_encoder("vit_tiny_patch16_224.typo")

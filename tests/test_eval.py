@@ -15,6 +15,7 @@ import torch
 from conftest import pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier
@@ -115,6 +116,10 @@ def test_bad_banks_are_refused() -> None:
         knn(train, labels, test, test_labels, k=(200,))
     with pytest.raises(UsageError, match="choose k of at most 5"):
         usable_k((10, 20), 5)
+    with pytest.raises(
+        UsageError, match=r"k = 5, 60: the bank has only 45"
+    ):  # a list of one's own is not cut in silence
+        knn(train, labels, test, test_labels, k=(5, 60))
     with pytest.raises(UsageError, match="test has 1 classes that train lacks: 9"):
         knn(train, labels, test, torch.where(test_labels == 0, 9, test_labels))
     with pytest.raises(UsageError, match="test has 1 classes that train lacks: 9"):
@@ -137,7 +142,7 @@ def test_the_probe_reaches_the_convex_optimum() -> None:
     decay = 0.01
     scaled = StandardScaler().fit_transform(x.numpy())
     best = LogisticRegression(C=1 / (decay * 400), tol=1e-8, max_iter=1000).fit(scaled, labels)
-    ours = fit_heads(Standardizer(x)(x), labels, [(0.1, decay), (0.3, decay)], seed=0)
+    ours = fit_heads(Standardizer(x)(x), labels, 4, [(0.1, decay), (0.3, decay)], seed=0)
     optimum = log_loss(labels, best.predict_proba(scaled)) + decay / 2 * (best.coef_**2).sum()
     losses = score(ours, Standardizer(x)(x), labels)[1]
     for head, loss in enumerate(losses):
@@ -148,9 +153,9 @@ def test_heads_trained_together_are_heads_trained_alone() -> None:
     x, labels = blobs(300)
     x = Standardizer(x)(x)
     heads = [(0.01, 0.0), (0.1, 1e-3), (1.0, 0.0)]
-    together = fit_heads(x, labels, heads, seed=0)
+    together = fit_heads(x, labels, 4, heads, seed=0)
     for i, head in enumerate(heads):
-        assert torch.allclose(together[:, i], fit_heads(x, labels, [head], seed=0)[:, 0], atol=1e-4)
+        assert torch.allclose(together[:, i], fit_heads(x, labels, 4, [head], seed=0)[:, 0], atol=1e-4)
 
 
 def test_the_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +164,10 @@ def test_the_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfsight.eval.linear.EPOCHS", 0)
     x, labels = blobs(200)
     x = Standardizer(x)(x)
-    ours = fit_heads(x, labels, [(0.5, 0.1)], seed=3)[:, 0]
+    ours = fit_heads(x, labels, 4, [(0.5, 0.1)], seed=3)[:, 0]
     monkeypatch.setattr("selfsight.eval.linear.LEAST_STEPS", 0)
-    weights = torch.nn.Parameter(fit_heads(x, labels, [(0.5, 0.1)], seed=3)[:-1, 0])
-    bias = torch.nn.Parameter(fit_heads(x, labels, [(0.5, 0.1)], seed=3)[-1, 0])
+    weights = torch.nn.Parameter(fit_heads(x, labels, 4, [(0.5, 0.1)], seed=3)[:-1, 0])
+    bias = torch.nn.Parameter(fit_heads(x, labels, 4, [(0.5, 0.1)], seed=3)[-1, 0])
     optimizer = torch.optim.SGD([{"params": [weights], "weight_decay": 0.1}, {"params": [bias]}], lr=0.5, momentum=0.9)
     for step in range(2):
         loss = torch.nn.functional.cross_entropy(
@@ -190,6 +195,18 @@ def test_the_probe_chooses_the_pool_that_knows_without_the_test_set() -> None:
     assert linear(by_heart, labels, {"heart": torch.randn(200, 900), "good": y}, test_labels).pool == "good"
     reference = LogisticRegression(max_iter=1000).fit(x, labels).score(y, test_labels)
     assert np.mean(result.accuracies) == pytest.approx(100 * reference, abs=2)
+
+
+def test_labels_may_be_any_integers() -> None:
+    (x, labels), (y, test_labels) = blobs(300), blobs(100, seed=1)
+    names = torch.tensor([7, 3, 2**31 - 1, 40_000])
+    order = names.argsort().argsort()
+    for probe in (lambda a, b: knn(x, a, y, b).accuracy, lambda a, b: linear({"x": x}, a, {"x": y}, b).accuracies):
+        assert probe(names[labels], names[test_labels]) == probe(order[labels], order[test_labels])
+    rare = labels.clone()
+    rare[held_out(300)[1][0]] = 9  # a class that stands in the held-out tenth only
+    assert linear({"x": x}, rare, {"x": y}, test_labels).accuracies
+    assert knn(x, rare, y, test_labels).accuracy > 0
 
 
 def test_constant_features_and_diverged_heads_do_no_harm() -> None:
@@ -242,6 +259,14 @@ def test_pixels_are_pixels(encoder: Encoder) -> None:
     assert torch.equal(
         (found[7, :-1].view(8, 8) * 255).round().byte(), torch.from_numpy(np.asarray(decode(shards.read(7), 1)).copy())
     )
+
+
+def test_a_black_image_has_a_place_among_the_pixels(encoder: Encoder, tmp_path: Path) -> None:
+    samples = pictures(40)
+    samples[5] = (Image.new("L", (8, 8), 0), 1)
+    write_shards(iter(samples), tmp_path, "s")
+    found = evaluate(encoder, str(tmp_path), str(tmp_path), evaluators=("knn",), k=(5,))["scores"]
+    assert len(found) == 4
 
 
 def test_unlabelled_one_class_and_broken_images_are_refused(encoder: Encoder, tmp_path: Path) -> None:

@@ -85,7 +85,6 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_features_that_differ_are_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(make(), tmp_path / "enc", {})
-    before = (tmp_path / "enc" / "model.safetensors").read_bytes()
     encoder = make()
     real = Encoder.embed
     monkeypatch.setattr(
@@ -99,8 +98,6 @@ def test_features_that_differ_are_not_exported(tmp_path: Path, monkeypatch: pyte
     save_file(tensors, tmp_path / "enc" / "model.safetensors")
     with pytest.raises(StorageError, match="differ"):
         verify_export(encoder, tmp_path / "enc")
-    (tmp_path / "enc" / "model.safetensors").write_bytes(before)
-    assert verify_export(encoder, tmp_path / "enc") < 1e-5
     assert sorted(os.listdir(tmp_path)) == ["enc"]
 
 

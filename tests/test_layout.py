@@ -138,5 +138,7 @@ def test_an_error_is_lines_without_a_traceback(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().err
     assert shown.startswith("selfsight: digits/mea: no such recipe; nearest: recipes/digits/mae.yaml")
     assert shown.count("\n") == 1
-    assert cli.main(["eval", "x", "--train", "a", "--test", "b", "--wrong", "1"]) == 2
-    assert "unknown argument --wrong" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", "x", "--train", "a", "--test", "b", "--wrong", "1"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --wrong" in capsys.readouterr().err

@@ -102,6 +102,15 @@ def test_overrides_are_dotted_and_typed(tmp_path: Path) -> None:
     assert (recipe.data.train, recipe.eval.k) == ("a-{000..009}.tar", (5,))
 
 
+def test_paths_are_taken_to_the_letter(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", MINIMAL)
+    for text in ("*.tar", "{a,b}.tar", "a: b", "x #2", "2026", "&a"):
+        assert load(path, {"data.train": text}).data.train == text
+        assert str(load(path, {"run_dir": text}).run_dir) == text
+    assert load(path, {"data.train": "[a.tar, b.tar]"}).data.train == ["a.tar", "b.tar"]
+    assert load(path, {"eval.train": "null"}).eval.train is None
+
+
 def test_bases_are_inherited(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", MINIMAL + "optim: {lr: 1.0, clip: 2.0}\nseed: 1\n")
     write(tmp_path / "sub" / "b.yaml", "base: ../a.yaml\noptim: {lr: 0.5}\n")
@@ -136,6 +145,8 @@ def test_bases_are_inherited(tmp_path: Path) -> None:
         ),
         ("objective: {name: mae, mask_ratio: 1.5}", r"objective.mask_ratio: .*less than 1"),
         ("objective: mae", r"objective: "),
+        ("objective: {name: [a]}", r"objective.name: no objective"),
+        ("seed: 18446744073709551616", r"seed: "),
         ("data: {}", r"data.train: is missing"),
     ],
 )

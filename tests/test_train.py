@@ -22,7 +22,7 @@ from selfsight.assemble import assemble
 from selfsight.data.loader import to_device
 from selfsight.errors import DataError, NumericError, Stopped, UsageError
 from selfsight.eval.features import channel_statistics
-from selfsight.metrics import TIMING
+from selfsight.metrics import TIMING, Meter
 from selfsight.objectives.mae import MAE
 from selfsight.recipe import load
 from selfsight.run_folder import read_lines
@@ -58,14 +58,6 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: flo
 
 def words(fields: Fields) -> list[str]:
     return [word for key, value in fields.items() for word in (f"--{key}", "null" if value is None else str(value))]
-
-
-def torchrun(processes: int, fields: Fields) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*command, "-m", "selfsight", "pretrain", "digits/mae", *words(fields)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
 
 
 def test_a_run_leaves_what_was_promised(small_fields: Fields, small_shards: Path) -> None:
@@ -172,12 +164,16 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[Any]) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_says_run_me_again(small_fields: Fields, number: signal.Signals) -> None:
+    """To the whole process group, twice, as terminals, torchrun and SLURM do; the loader's workers get it, too."""
     folder = Path(small_fields["run_dir"])
-    fields = words(small_fields | {"train.steps": 100_000, "train.save_every": 50_000})
+    workers = 1 if number == signal.SIGTERM else 0
+    fields = words(small_fields | {"train.steps": 100_000, "train.save_every": 50_000, "train.workers": workers})
     command = [sys.executable, "-m", "selfsight", "pretrain", "digits/mae", *fields]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_step(folder, 20, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == Stopped.exit_code == 75, told
     last = read_lines(folder / "metrics.jsonl")[-1]["step"]
@@ -185,13 +181,19 @@ def test_a_signal_saves_and_says_run_me_again(small_fields: Fields, number: sign
     assert f"stopped on request after step {last} of 100,000, saved; run the same command to go on" in told
     assert "Traceback" not in told
     assert not (folder / "run.lock").exists()
+    assert (folder / "stopped").read_text() == f"{last}\n"  # what a requeueing script looks for
 
 
 def test_two_ranks_learn_what_one_learns(small_fields: Fields, tmp_path: Path) -> None:
-    """gloo, two processes: the same global batches, losses to 1e-5, and a resume on another number of ranks."""
-    for name, processes in (("one", 1), ("two", 2)):
-        done = torchrun(processes, small_fields | {"run_dir": tmp_path / name, "train.steps": 12})
-        assert done.returncode == 0, done.stderr
+    """launch.sh, gloo, two processes: the same global batches, losses to 1e-5, weights to rounding."""
+    fields = small_fields | {"train.steps": 12}
+    pretrain("digits/mae", fields | {"run_dir": str(tmp_path / "one")})
+    done = subprocess.run(
+        [ROOT / "launch.sh", "digits/mae", *words(fields | {"run_dir": tmp_path / "two"})], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PROCESSES": "2", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stderr
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
@@ -358,6 +360,35 @@ def test_bad_samples_are_recorded_and_a_budget_ends_the_run(small_fields: Fields
         )
 
 
+def test_the_clock_leaves_out_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    meter = Meter(10, torch.device("cpu"))
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    with meter.waiting():
+        passes(1)
+    passes(3)
+    meter.step()
+    with meter.pause():
+        passes(100)
+    read = meter.read()
+    assert (read["images_per_second"], read["data_wait"]) == (2.5, 0.25)
+    with meter.pause():
+        passes(50)
+    passes(2)
+    meter.step()
+    read = meter.read()
+    assert (read["images_per_second"], read["data_wait"]) == (5.0, 0.0)
+
+
+def test_a_recipe_takes_no_overrides(small_fields: Fields) -> None:
+    with pytest.raises(UsageError, match="a Recipe is complete"):
+        pretrain(load("digits/mae", small_fields), {"train.steps": 1})
+
+
 def test_tensorboard_gets_the_metrics(small_fields: Fields) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pretrain("digits/mae", small_fields | {"track": ["tensorboard"]})
@@ -378,13 +409,3 @@ def test_a_tracker_that_is_not_installed_is_said(small_fields: Fields, monkeypat
 
 def test_due() -> None:
     assert [step for step in range(1, 11) if due(step, 4, 10)] == [4, 8, 10]
-
-
-def test_launch_sh_starts_two_processes(small_fields: Fields) -> None:
-    done = subprocess.run(
-        [ROOT / "launch.sh", "digits/mae", *words(small_fields)], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PROCESSES": "2", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "on 2 x cpu" in done.stderr
-    assert checkpoint.steps(Path(small_fields["run_dir"]) / "checkpoints")[-1] == 6

@@ -1,12 +1,14 @@
 """Decoding and geometry: golden pixels, and torchvision's own transforms given the same parameters."""
 
+import contextlib
 import math
+import warnings
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
@@ -17,7 +19,7 @@ from torchvision.transforms import functional as reference
 from selfsight import keyed
 from selfsight.data.decode import decode, open_image
 from selfsight.data.views import CROP_TRIES, RESAMPLING, View, ViewMaker, crop_box, resize_and_crop, to_array
-from selfsight.errors import DataError
+from selfsight.errors import DataError, UsageError
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -111,6 +113,23 @@ def test_32_bit_images_are_refused() -> None:
         decode(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), 1)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"]), st.integers(0, 2**32), st.integers(1, 30))
+def test_hostile_bytes_are_a_data_error_or_an_image(form: str, seed: int, flips: int) -> None:
+    body, rng = bytearray(encoded(noise(9, 7), form)), np.random.default_rng(seed)
+    for place in rng.integers(0, len(body), flips):
+        body[place] = rng.integers(0, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF
+        with contextlib.suppress(DataError):
+            assert decode(bytes(body), 3).mode == "RGB"
+
+
+def test_other_channels_are_not_read_yet() -> None:
+    with pytest.raises(UsageError, match="images are read with 1 or 3 channels"):
+        decode(encoded(noise(4, 4)), 2)
+
+
 # -- geometry
 
 
@@ -199,7 +218,7 @@ def test_views_of_one_image_differ() -> None:
     assert (draws[0] != draws[1]).all()
 
 
-@pytest.mark.parametrize("size", [(50, 40), (33, 97), (64, 64), (24, 24), (10, 300)])
+@pytest.mark.parametrize("size", [(50, 40), (33, 97), (64, 64), (24, 24), (10, 300), (5, 170), (170, 5)])
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875])
 def test_evaluations_view_is_timms(size: tuple[int, int], crop_pct: float) -> None:
     image = noise(*size)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selfsight import __version__, checkpoint
+from selfsight.data.decode import MODES
 from selfsight.data.loader import Batches
 from selfsight.data.shards import Shards
 from selfsight.data.views import ViewMaker
@@ -113,11 +114,15 @@ def assemble(recipe: Recipe, device: torch.device) -> Parts:
     batch = recipe.train.batch_size
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")
+    if recipe.encoder.channels not in MODES:
+        raise UsageError(f"encoder.channels: {recipe.encoder.channels}; images are read with 1 or 3 channels")
     if recipe.eval.train:  # what cannot be scored is better known before the training than after it
         scorable_sets(recipe.eval.train, recipe.eval.test or recipe.eval.train, recipe.eval.k)
     steps = recipe.train.steps or ceil((recipe.train.epochs or 0) * len(shards) / batch)
     encoder = build_encoder(recipe.encoder, preprocessing_of(recipe.data, recipe.encoder), recipe.seed)
-    notes = load_weights(encoder, recipe.encoder.weights, recipe.encoder.name) if recipe.encoder.weights else []
+    notes = []
+    if recipe.encoder.weights and not checkpoint.steps(recipe.run_dir / "checkpoints"):  # else the checkpoint has them
+        notes = load_weights(encoder, recipe.encoder.weights, recipe.encoder.name)
     encoder.checkpoint_blocks = recipe.train.checkpoint_blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)

@@ -11,6 +11,7 @@ from typing import Any
 from selfsight import __version__
 from selfsight.errors import SelfsightError, UsageError
 
+FIELD_COMMANDS = ("pretrain", "quickstart")  # take recipe fields as options
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage or recipe error, 65 bad data, 70 not finite, 74 disk or checkpoint, "
     "75 stopped on request (run it again)"
@@ -19,14 +20,15 @@ EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the answer is the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    parser = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     try:
-        options, rest = parser.parse_known_args([argument for argument in arguments if argument != "--debug"])
-        if rest and not options.takes_fields:
-            raise UsageError(f"unknown argument {rest[0]}; see: selfsight {options.command} --help")
-        options.fields = parse_fields(rest)
+        fields: dict[str, str] = {}
+        if words and words[0] in FIELD_COMMANDS:
+            fields, words = split_fields(words)
+        options = build_parser().parse_args(words)
+        options.fields = fields
         return options.run(options) or 0
     except SelfsightError as error:
         if debug:
@@ -49,25 +51,34 @@ def explain(error: SelfsightError) -> str:
     return text
 
 
-def parse_fields(rest: Sequence[str]) -> dict[str, str]:
-    """`--a.b value` and `--a.b=value` as a mapping of dotted names to text.
+def split_fields(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """`--a.b value` and `--a.b=value` as a mapping of dotted names to text, and the words that are neither.
 
     Raises:
-        UsageError: a stray word, or a field without a value.
+        UsageError: a field without a value.
     """
     fields: dict[str, str] = {}
-    words = list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UsageError(f"{word!r} is not expected here; fields are given as --section.key value")
+    others: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--") or word == "--help":
+            others.append(word)
+            continue
         name, equals, value = word[2:].partition("=")
         if not equals:
-            if not words:
+            if not left:
                 raise UsageError(f"--{name} needs a value")
-            value = words.pop(0)
+            value = left.pop(0)
         fields[name] = value
-    return fields
+    return fields, others
+
+
+def _count(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,6 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "export", _export, "write an encoder in timm's local-dir format, checked in a clean process"
     )
     one.add_argument("source", help="a run folder or a checkpoint")
+    one.add_argument(
+        "--to", choices=["timm"], default="timm", help="the format (default: timm's, which transformers reads, too)"
+    )
     one.add_argument("target", type=Path, help="the folder to write")
 
     one = _command(commands, "report", _report, "write report.html of a run again")
@@ -124,11 +138,11 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--split", default="train", help="its split (default: train)")
     one.add_argument("--download", action="store_true", help="let torchvision fetch it")
     one.add_argument("--unlabelled", action="store_true", help="ignore class folders and labels")
-    one.add_argument("--short-side", type=int, metavar="PIXELS", help="reduce larger images to this shorter side")
+    one.add_argument("--short-side", type=_count, metavar="PIXELS", help="reduce larger images to this shorter side")
     one.add_argument("--format", choices=["jpeg", "png", "webp"], help="store all images so (default: as they are)")
-    one.add_argument("--quality", type=int, default=92, help="of JPEG and WebP, 1-100 (default: 92)")
+    one.add_argument("--quality", type=_count, default=92, help="of JPEG and WebP, 1-100 (default: 92)")
     one.add_argument(
-        "--per-shard", type=int, default=10_000, metavar="SAMPLES", help="samples in a shard (default: 10000)"
+        "--per-shard", type=_count, default=10_000, metavar="SAMPLES", help="samples in a shard (default: 10000)"
     )
     one = _command(actions, "index", _index, "index existing WebDataset tars, without rewriting them")
     one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders")
@@ -154,7 +168,7 @@ def _command(
     parser = commands.add_parser(name, help=help, description=text, allow_abbrev=False, add_help=not takes_fields)
     if takes_fields:
         parser.add_argument("-h", "--help", action=_HelpWithFields)
-    parser.set_defaults(run=run, takes_fields=takes_fields)
+    parser.set_defaults(run=run)
     return parser
 
 

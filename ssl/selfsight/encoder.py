@@ -37,6 +37,7 @@ _OPTIONS = {
     "heads": ("num_heads",),
     "class_token": ("class_token",),
     "registers": ("reg_tokens", "num_reg_tokens"),
+    "drop_path": ("drop_path_rate",),
 }
 
 
@@ -298,13 +299,13 @@ def _model_options(config: EncoderConfig) -> dict[str, Any]:
     if isinstance(skeleton, VisionTransformer | Eva):
         _check_dimensions(skeleton, config)
     accepted = inspect.signature(type(skeleton).__init__).parameters
-    options: dict[str, Any] = {"in_chans": config.channels, "drop_path_rate": config.drop_path}
+    options: dict[str, Any] = {"in_chans": config.channels}
     for field, spellings in _OPTIONS.items():
         value = getattr(config, field)
         spelling = next((name for name in spellings if name in accepted), None)
         if value is not None and spelling:
             options[spelling] = value
-        elif value is not None and field != "image_size":
+        elif value not in (None, 0.0) and field != "image_size":
             raise UsageError(f"encoder.{field}: {config.name} has no such option")
     if "dynamic_img_size" in accepted:
         options["dynamic_img_size"] = False
@@ -320,7 +321,7 @@ def _check_dimensions(skeleton: Any, config: EncoderConfig) -> None:
     """Raise UsageError for dimensions that do not fit each other, whether given or the model's own."""
     patch = config.patch or skeleton.patch_embed.patch_size[0]
     width = config.width or skeleton.embed_dim
-    heads = config.heads or skeleton.blocks[0].attn.num_heads
+    heads: int = config.heads or getattr(getattr(skeleton.blocks[0], "attn", None), "num_heads", None) or 1
     has_class_token = skeleton.cls_token is not None if config.class_token is None else config.class_token
     if config.image_size % patch:
         raise UsageError(f"encoder.image_size: {config.image_size} is not a multiple of the patch of {patch} pixels")

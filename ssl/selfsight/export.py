@@ -199,7 +199,10 @@ def _from_timm(name: str) -> Encoder:
         raise UsageError(
             f"{name}: neither a run, nor an exported encoder, nor a checkpoint, nor a model that timm knows"
         )
-    known = timm.get_pretrained_cfg(name)
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # a tag that this model does not have
+        known = None
     if known is None or not known.has_weights:
         raise UsageError(f"{name}: timm has no pretrained weights under this name")
     channels, size, _ = known.input_size

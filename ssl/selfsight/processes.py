@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from selfsight.data.loader import STOP_SIGNALS
 from selfsight.errors import Stopped, StorageError, UsageError
 from selfsight.recipe import Recipe
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = 5.0  # seconds; a cluster and torchrun both signal a rank, and mean the same request
 
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from selfsight.data.loader import HostBatch
-from selfsight.errors import DataError
+from selfsight.errors import DataError, StorageError
 
 BUDGET_SHARE, BUDGET_LEAST = 0.001, 10
 
 
 class Quarantine:
-    """Appends each bad sample to quarantine.jsonl, once.
+    """Appends each bad sample to quarantine.jsonl, once a start of the run and rank.
 
     Args:
         folder: the run folder.
@@ -34,8 +34,11 @@ class Quarantine:
             return
         self.known |= {sample for _, sample, _ in fresh}
         lines = [{"position": p, "sample": s, "rank": self.rank, "reason": why} for p, s, why in fresh]
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
         if len(self.known) > max(BUDGET_LEAST, BUDGET_SHARE * self.seen):
             raise DataError(
                 f"{len(self.known)} bad samples among {self.seen:,} read, last: {fresh[-1][2]}; "

@@ -5,12 +5,12 @@ recipe = load("recipes/digits/mae.yaml", {"optim.lr": "1e-3"})
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
+import selfsight
 from selfsight import plainyaml
 from selfsight.errors import UsageError
 from selfsight.objectives import OBJECTIVES
@@ -59,7 +59,7 @@ class EncoderConfig(Section):
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: the share of samples that skip the last block, growing linearly from 0 at the first."""
     positions: Literal["sincos", "learned"] = "sincos"
-    """Position embeddings: fixed 2D sine-cosine, or learned. Weights that bring their own keep them as the start."""
+    """Position embeddings: fixed 2D sine-cosine, or learned. A table that came with weights is kept, fixed or learned."""
     init: Literal["xavier", "timm"] = "xavier"
     """Initial weights: MAE's (Xavier uniform, the stem too), or timm's own."""
     weights: str | None = None
@@ -152,7 +152,7 @@ class Recipe(Section):
 
     run_dir: Path
     """Folder of the run: started if new, resumed if not finished."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the initial weights, the order, and every random choice."""
     data: DataConfig
     encoder: EncoderConfig = EncoderConfig()
@@ -168,6 +168,10 @@ class Recipe(Section):
         return plainyaml.dump(self.model_dump(mode="json"))
 
 
+# Fields whose overrides are taken to the letter: globs, braces and odd folder names are not YAML.
+_TEXTUAL = (str, str | None, Path, str | list[str], str | list[str] | None)
+
+
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe and what it is based on, apply overrides, and check every field.
 
@@ -179,14 +183,17 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe
         UsageError: with every wrong field, what was wrong, and the nearest right names.
     """
     tree = _with_bases(find(path), [])
+    textual = {name for name, field in field_names(Recipe) if field.annotation in _TEXTUAL}
     for name, value in (overrides or {}).items():
-        _override(tree, name, plainyaml.parse(value, f"--{name}") if isinstance(value, str) else value)
+        literal = not isinstance(value, str) or (name in textual and value != "null" and not value.startswith("["))
+        _override(tree, name, value if literal else plainyaml.parse(value, f"--{name}"))
     return validate(tree, str(path))
 
 
 def packaged() -> Path:
     """The folder of the recipes that come with the package."""
-    return Path(str(files("selfsight") / "recipes"))
+    folders = [Path(root) / "recipes" for root in selfsight.__path__]  # two in a checkout without symbolic links
+    return next(folder for folder in folders if folder.is_dir())
 
 
 def packaged_recipes() -> list[tuple[str, str]]:
@@ -219,7 +226,7 @@ def validate(tree: dict[str, Any], where: str) -> Recipe:
     objective = tree.get("objective")
     if isinstance(objective, dict):
         name = objective.get("name")
-        if name not in OBJECTIVES:
+        if not isinstance(name, str) or name not in OBJECTIVES:
             near = get_close_matches(str(name), OBJECTIVES, 3, 0.3)
             known = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OBJECTIVES)}"
             problems.append(f"objective.name: no objective {name!r}; {known}")

@@ -2,6 +2,7 @@
 
 import base64
 import platform
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,12 @@ def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
 @torch.no_grad()
 def picture_rows(parts: Parts, device: torch.device) -> list[dict[str, Any]]:
     """The objective's pictures of the first training images, one row a caption."""
-    batches = parts.batches()
-    host = batches[0]
-    few = host._replace(views=tuple(view[:PICTURES] for view in host.views), positions=host.positions[:PICTURES])
+    few = replace(parts.batches(), batch_size=PICTURES, accumulate=1)[0]
     mean, std = channel_statistics(parts.encoder.preprocessing, device)
     parts.objective.eval()
     shown = parts.objective.pictures(to_device(few, device, mean, std, parts.recipe.seed))
     parts.objective.train()
-    sources = CentralCrops.of(parts.shards, host.ids[:PICTURES].numpy(), parts.encoder.preprocessing)[0]
+    sources = CentralCrops.of(parts.shards, few.ids.numpy(), parts.encoder.preprocessing)[0]
     shown = {"source image": normalize(sources.to(device), mean, std), **shown}
     return [
         {"caption": caption, "images": [png(image, parts.encoder.preprocessing) for image in images.cpu()]}

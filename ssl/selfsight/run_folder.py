@@ -11,6 +11,7 @@ from typing import Any
 from selfsight.errors import StorageError, UsageError
 
 LOCK = "run.lock"
+STOPPED = "stopped"  # stands in the folder of a run that was asked to stop and is to go on
 
 
 class RunLock:

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from selfsight import checkpoint, console
 from selfsight.assemble import Parts, assemble
 from selfsight.data.loader import loader, to_device
-from selfsight.errors import NumericError, Stopped
+from selfsight.errors import NumericError, Stopped, UsageError
 from selfsight.eval.features import channel_statistics
 from selfsight.eval.online import OnlineKNN
 from selfsight.finish import finish
@@ -23,7 +23,7 @@ from selfsight.optim import lr_at, move_average, set_lr
 from selfsight.processes import StopRequest, any_rank, join, loader_workers, same_on_every_rank
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
-from selfsight.run_folder import RunLock, cut_lines_after, write_atomically
+from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, write_atomically
 
 
 def pretrain(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -37,6 +37,8 @@ def pretrain(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None = 
         NumericError: a gradient that is not finite; the weights before it are untouched.
         Stopped: after SIGTERM, SIGINT or SIGUSR1; saved, and the same call goes on.
     """
+    if isinstance(recipe, Recipe) and overrides:
+        raise UsageError("overrides go with a recipe's file or name; a Recipe is complete")
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
     require_trackers(recipe.track)
     accelerator = join(recipe)
@@ -107,6 +109,8 @@ def train(parts: Parts, accelerator: Accelerator) -> None:
                 with meter.pause():
                     checkpoint.save(folder / "checkpoints", done, parts.state(), parts.tensors(), config.keep)
             if stopping and done < steps:
+                if main:
+                    write_atomically(folder / STOPPED, f"{done}\n")
                 accelerator.wait_for_everyone()  # a rank that leaves early has the launcher end the one that saves
                 raise Stopped(
                     f"stopped on request after step {done:,} of {steps:,}, saved; run the same command to go on"
@@ -122,6 +126,7 @@ def resume(parts: Parts, accelerator: Accelerator) -> int:
         accelerator, done, f"{folder}: the newest checkpoint (its folder must be one that all machines share)"
     )
     if accelerator.is_main_process:
+        (folder / STOPPED).unlink(missing_ok=True)
         cut_lines_after(folder / "metrics.jsonl", done)
         write_atomically(folder / "recipe.yaml", parts.recipe.to_yaml())
         for line in warnings or ([] if newest else told):

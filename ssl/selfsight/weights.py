@@ -14,7 +14,7 @@ from selfsight.encoder import Encoder, resample_positions
 from selfsight.errors import UsageError
 
 STEM, POSITIONS = "patch_embed.proj.weight", "pos_embed"
-_TRAINED = "encoder.backbone."  # where an encoder's tensors lie in a training checkpoint
+_TRAINED = ("encoder.backbone.", "backbone.")  # where an encoder's tensors lie in a checkpoint, and in its average
 
 
 def load_weights(encoder: Encoder, source: str, architecture: str) -> list[str]:
@@ -28,12 +28,15 @@ def load_weights(encoder: Encoder, source: str, architecture: str) -> list[str]:
     Raises:
         UsageError: no such file, or tensors that are missing, unexpected or of another shape; all are named.
     """
-    found, lines = _read(source, architecture), []
-    dropped = sorted(name for name in found if name.startswith("head."))
-    if dropped:
-        lines.append(f"classifier left out: {', '.join(dropped)}")
-    found = {name: tensor for name, tensor in found.items() if name not in dropped}
-    wanted = encoder.backbone.state_dict()
+    found, lines, wanted = _read(source, architecture), [], encoder.backbone.state_dict()
+    for what, start in (("classifier", "head."), ("attention pool", "attn_pool.")):
+        dropped = sorted(name for name in found if name.startswith(start) and name not in wanted)
+        if dropped:
+            lines.append(f"{what} left out: {', '.join(dropped)}")
+        found = {name: tensor for name, tensor in found.items() if name not in dropped}
+    if "fc_norm.weight" in found and "norm.weight" in wanted and "norm.weight" not in found:
+        found = {name.replace("fc_norm.", "norm."): tensor for name, tensor in found.items()}
+        lines.append("fc_norm loaded as norm: the last norm stands before the pool, not after it")
     for name in (STEM, POSITIONS):
         if name in found and name in wanted and found[name].shape != wanted[name].shape:
             adapted = _adapt(name, found[name], wanted[name], encoder)
@@ -45,14 +48,18 @@ def load_weights(encoder: Encoder, source: str, architecture: str) -> list[str]:
 
 
 def _read(source: str, architecture: str) -> dict[str, Tensor]:
-    path = Path(source) / "model.safetensors" if Path(source).is_dir() else Path(source)
+    folder = Path(source)
+    names = [name for name in ("ema.safetensors", "model.safetensors") if (folder / name).is_file()]
+    path = folder / names[0] if names else folder
     if path.is_file():
         try:
             tensors = load_file(path)
         except SafetensorError as error:
             raise UsageError(f"encoder.weights: {path}: not a safetensors file ({error})") from None
-        trained = {name.removeprefix(_TRAINED): tensor for name, tensor in tensors.items() if name.startswith(_TRAINED)}
-        return trained or tensors
+        for prefix in _TRAINED:
+            if trained := {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}:
+                return trained
+        return tensors
     name = architecture if source == "timm" else source
     if path.suffix or not timm.is_model(name.split(".")[0]):
         raise UsageError(

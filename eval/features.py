@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from selfsight.data.decode import decode
 from selfsight.data.loader import loader, normalize
@@ -17,6 +17,7 @@ from selfsight.encoder import Encoder, Preprocessing
 from selfsight.errors import DataError, NumericError, UsageError
 
 BATCH = 256
+FEW_BATCHES = 16
 PIXEL_SIDE = 32  # the raw-pixel floor is taken at most at this size
 
 
@@ -46,10 +47,10 @@ class CentralCrops(Dataset[Tensor]):
         """The view that belongs to an encoder, in its size or another."""
         return cls(shards, ids, size or made.image_size, made.channels, made.interpolation, made.crop_pct, BATCH)
 
-    @property
-    def numbers(self) -> range:
-        """The batches that there are."""
-        return range(-(-len(self.ids) // self.batch))
+    def read(self, workers: int, pin: bool) -> DataLoader:
+        """All batches in order. Workers take seconds to start: a few batches are read sooner without them."""
+        numbers = range(-(-len(self.ids) // self.batch))
+        return loader(self, numbers, workers if len(numbers) > FEW_BATCHES else 0, pin)
 
     def __getitem__(self, number: int) -> Tensor:
         made = []
@@ -105,7 +106,7 @@ def extract(
     parts: dict[str, list[Tensor]] = {pool: [] for pool in pools}
     training = encoder.training
     encoder.eval()
-    for pixels in loader(crops, crops.numbers, workers, device.type == "cuda"):
+    for pixels in crops.read(workers, device.type == "cuda"):
         features = encoder.embed_pools(normalize(pixels.to(device, non_blocking=True), mean, std), pools)
         for pool, feature in features.items():
             parts[pool].append(feature.float().cpu())
@@ -125,7 +126,7 @@ def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) ->
     """
     ids = np.arange(len(shards))
     crops = CentralCrops.of(shards, ids, preprocessing, min(preprocessing.image_size, PIXEL_SIDE))
-    pixels = torch.cat(list(loader(crops, crops.numbers, workers, False)))
+    pixels = torch.cat(list(crops.read(workers, False)))
     vectors = torch.cat([pixels.flatten(1).float() / 255, torch.full((len(pixels), 1), 1e-3)], dim=1)
     return Features({"pixels": vectors}, labels_of(shards, ids))
 

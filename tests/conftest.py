@@ -60,6 +60,7 @@ def small_fields(small_shards: Path, tmp_path: Path) -> dict[str, Any]:
         "train.batch_size": 8,
         "train.log_every": 1,
         "train.save_every": 3,
+        "train.workers": 0,
         "eval.train": None,
         "eval.test": None,
     }

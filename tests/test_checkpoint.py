@@ -85,7 +85,7 @@ def test_drafts_and_strangers_are_no_checkpoints(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync", "_digest"])
+@pytest.mark.parametrize("failing", ["save_file", "sync", "_digest"])
 def test_a_full_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     checkpoint.save(tmp_path, 1, {}, tensors(), keep=2)
 
@@ -112,8 +112,8 @@ def test_the_rename_comes_after_every_fsync_and_the_pruning_after_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    sync, rename, remove = checkpoint._sync, Path.rename, shutil.rmtree
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (done.append(f"sync {path.name}"), sync(path))[1])
+    sync, rename, remove = checkpoint.sync, Path.rename, shutil.rmtree
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (done.append(f"sync {path.name}"), sync(path))[1])
     monkeypatch.setattr(Path, "rename", lambda self, target: (done.append("rename"), rename(self, target))[1])
     monkeypatch.setattr(
         shutil, "rmtree", lambda path, **o: (done.append(f"remove {Path(path).name}"), remove(path, **o))[1]

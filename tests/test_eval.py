@@ -237,6 +237,7 @@ def test_features_are_embed_of_timms_transform_in_order(encoder: Encoder) -> Non
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_sample_is_counted_once(encoder: Encoder, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("selfsight.eval.features.BATCH", 100)
+    monkeypatch.setattr("selfsight.eval.features.FEW_BATCHES", 0)
     shards = Shards("digits:test")
     seen: list[int] = []
     features = extract(encoder, shards, CPU, workers=workers, advance=seen.append)

@@ -109,7 +109,7 @@ def test_the_knobs_are_these() -> None:
         "encoder.weights", "encoder.pool",
         "optim.lr", "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.betas", "optim.layer_decay", "optim.clip",
         "train.epochs", "train.steps", "train.batch_size", "train.accumulate", "train.precision", "train.device",
-        "train.compile", "train.checkpoint_blocks", "train.workers", "train.ema", "train.log_every", "train.save_every", "train.keep",
+        "train.compile", "train.checkpoint_blocks", "train.workers", "train.threads", "train.ema", "train.log_every", "train.save_every", "train.keep",
         "eval.train", "eval.test", "eval.every", "eval.k", "eval.online_samples",
     }  # fmt: skip
 

@@ -6,7 +6,6 @@ ones pruned. Reading takes the newest whose manifest verifies. Nothing is ever u
 """
 
 import json
-import os
 import re
 import shutil
 from hashlib import sha256
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfsight.errors import StorageError
+from selfsight.run_folder import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -56,11 +56,11 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
         }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*draft.iterdir(), draft]:
-            _sync(path)
+            sync(path)
         if final.exists():  # written before a crash that lost its later steps
             shutil.rmtree(final)
         draft.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -163,11 +163,3 @@ def _digest(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,7 +1,6 @@
 """metrics.jsonl, one object a line, and whatever trackers were asked for."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -37,8 +36,6 @@ class MetricsLog:
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint must not outlive the lines before it
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])

@@ -29,6 +29,8 @@ def join(recipe: Recipe) -> Accelerator:
         raise UsageError(
             f"train.batch_size: {train.batch_size} does not split over {world} ranks x {train.accumulate} micro-batches"
         )
+    if train.threads:
+        torch.set_num_threads(train.threads)
     if world == 1:  # a second run in one process, as in a notebook, may ask for another device or precision
         AcceleratorState._reset_state(reset_partial_state=True)
     cpu = train.device == "cpu" or not torch.cuda.is_available()

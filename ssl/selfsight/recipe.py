@@ -108,6 +108,8 @@ class TrainConfig(Section):
     """Recompute each block in the backward pass: a third slower, far less memory."""
     workers: int | None = Field(None, ge=0)
     """Loader processes for each rank; null: the cores shared among the machine's ranks, at most 8."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch in each rank; null: torch's choice, all cores. Tiny models are faster with 1."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a running average of the encoder's weights, which is then what is scored and exported; null: none."""
     log_every: int = Field(10, ge=1)

@@ -23,7 +23,7 @@ from selfsight.optim import lr_at, move_average, set_lr
 from selfsight.processes import StopRequest, any_rank, join, loader_workers, same_on_every_rank
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
-from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, write_atomically
+from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, sync, write_atomically
 
 
 def pretrain(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -107,6 +107,7 @@ def train(parts: Parts, accelerator: Accelerator) -> None:
                     log.write(line | (online(parts.scored, device) if scoring and online else {}) | timing)
             if main and (stopping or done == 1 or due(done, config.save_every, steps)):
                 with meter.pause():
+                    sync(log.path)  # the checkpoint must not outlive the lines before it
                     checkpoint.save(folder / "checkpoints", done, parts.state(), parts.tensors(), config.keep)
             if stopping and done < steps:
                 if main:

@@ -24,6 +24,7 @@ from selfsight.errors import DataError, NumericError, Stopped, UsageError
 from selfsight.eval.features import channel_statistics
 from selfsight.metrics import TIMING, Meter
 from selfsight.objectives.mae import MAE
+from selfsight.processes import StopRequest
 from selfsight.recipe import load
 from selfsight.run_folder import read_lines
 from selfsight.train import due, pretrain
@@ -382,6 +383,22 @@ def test_the_clock_leaves_out_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     meter.step()
     read = meter.read()
     assert (read["images_per_second"], read["data_wait"]) == (5.0, 0.0)
+
+
+def test_repeats_are_one_request_and_a_later_signal_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ended = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopRequest() as stop:
+        for later in (0.0, 0.05, 4.0):
+            now[0] = 100.0 + later
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        assert ended == []
+        now[0] = 106.0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [75]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_recipe_takes_no_overrides(small_fields: Fields) -> None:

@@ -9,22 +9,25 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfsight import keyed
+from selfsight.data.colour import DRAWS, change_colour
 from selfsight.data.decode import decode
 from selfsight.data.order import rank_positions, sample_ids
 from selfsight.data.shards import Shards
-from selfsight.data.views import ViewMaker
+from selfsight.data.views import View, ViewMaker
 from selfsight.errors import DataError
 
+ROWS = 256  # of a stored teacher that are made at once
 SUBSTITUTES = 16  # tries to replace a bad sample; all bad means that the data are
 
 
@@ -35,6 +38,8 @@ class HostBatch(NamedTuple):
     """V tensors (B, C, S, S) uint8."""
     positions: Tensor
     """(B,) positions in the run, int64."""
+    keys: Tensor
+    """(B,) what the augmentation is drawn by, int64: the position, or the row of a fixed number of augmentations."""
     ids: Tensor
     """(B,) samples, after substitution, int64."""
     bad: list[tuple[int, int, str]]
@@ -53,33 +58,71 @@ class Batches(Dataset[HostBatch]):
     rank: int = 0
     world: int = 1
     accumulate: int = 1
+    augmentations: int | None = None
+    """So many augmentations of each sample, one an epoch in turn; None: every epoch has its own."""
 
     def __getitem__(self, number: int) -> HostBatch:
         step, micro = divmod(number, self.accumulate)
         positions = rank_positions(step, self.batch_size, self.rank, self.world, micro, self.accumulate)
         ids = sample_ids(positions, len(self.shards), self.seed)
-        draws = [maker.draws(positions) for maker in self.makers]
+        if self.augmentations is None:
+            return self.make(positions, ids, positions)
+        samples = len(self.shards)
+        return self.make(positions, ids, positions // samples % self.augmentations * samples + ids)
+
+    def make(self, positions: NDArray[np.int64], ids: NDArray[np.int64], keys: NDArray[np.int64]) -> HostBatch:
+        """The views of these samples with these augmentations."""
+        draws = [maker.draws(keys) for maker in self.makers]
+        shifts = [maker.shifts(keys) for maker in self.makers]
         bad: list[tuple[int, int, str]] = []
         made: list[list[np.ndarray]] = []
         for slot, position in enumerate(positions):
-            image, ids[slot] = self._image(int(position), int(ids[slot]), bad)
-            made.append([maker(image, draw[slot]) for maker, draw in zip(self.makers, draws, strict=True)])
-        views = tuple(torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
-        return HostBatch(views, torch.from_numpy(positions), torch.from_numpy(ids), bad)
+            image, ids[slot] = self._image(int(position), int(keys[slot]), int(ids[slot]), bad)
+            views = []
+            for maker, draw, shift in zip(self.makers, draws, shifts, strict=True):
+                source = self._neighbour(int(position), int(ids[slot]), int(shift[slot]), bad) if shift[slot] else None
+                views.append(maker(source or image, draw[slot]))
+            made.append(views)
+        views_of_all = tuple(torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
+        return HostBatch(views_of_all, torch.from_numpy(positions), torch.from_numpy(keys), torch.from_numpy(ids), bad)
 
-    def _image(self, position: int, sample: int, bad: list[tuple[int, int, str]]) -> tuple[Image.Image, int]:
-        """The image at a position; a bad one gives way to a substitute that depends on nothing but the position."""
-        for candidate in self._candidates(position, sample):
+    def _image(self, position: int, key: int, sample: int, bad: list[tuple[int, int, str]]) -> tuple[Image.Image, int]:
+        """The image of a sample; a bad one gives way to a substitute that depends on nothing but the key."""
+        for candidate in self._candidates(key, sample):
             try:
                 return decode(self.shards.read(candidate), self.channels), candidate
             except DataError as error:
                 bad.append((position, candidate, str(error)))
         raise DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1][2]}")
 
-    def _candidates(self, position: int, sample: int) -> Iterator[int]:
+    def _neighbour(self, position: int, sample: int, shift: int, bad: list[tuple[int, int, str]]) -> Image.Image | None:
+        """The image of a neighbour; None if there is none, or it is bad."""
+        other = self.shards.neighbour(sample, shift)
+        try:
+            return decode(self.shards.read(other), self.channels) if other != sample else None
+        except DataError as error:
+            bad.append((position, other, str(error)))
+            return None
+
+    def _candidates(self, key: int, sample: int) -> Iterator[int]:
         yield sample
-        substitutes = keyed.hashes(self.seed, "substitute", [position], SUBSTITUTES)[0] % np.uint64(len(self.shards))
+        substitutes = keyed.hashes(self.seed, "substitute", [key], SUBSTITUTES)[0] % np.uint64(len(self.shards))
         yield from map(int, substitutes)
+
+
+@dataclass(frozen=True)
+class Rows(Dataset[HostBatch]):
+    """Every sample with every augmentation, once: row = augmentation * samples + sample, in batches of 256."""
+
+    batches: Batches
+    rows: int
+
+    def __len__(self) -> int:
+        return -(-self.rows // ROWS)
+
+    def __getitem__(self, number: int) -> HostBatch:
+        rows = np.arange(number * ROWS, min((number + 1) * ROWS, self.rows), dtype=np.int64)
+        return self.batches.make(rows, rows % len(self.batches.shards), rows)
 
 
 def loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLoader:
@@ -133,6 +176,12 @@ class Batch:
     positions: Tensor
     """(B,) positions in the run, on the CPU."""
     seed: int
+    keys: Tensor | None = None
+    """(B,) rows of a stored teacher's outputs, on the CPU, where the run has a fixed number of augmentations."""
+    progress: float = 0.0
+    """Share of the run that is done, for schedules."""
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """What the objectives of a joint have computed of these views, for each other."""
 
     def uniform(self, purpose: str, count: int) -> Tensor:
         """`count` numbers in [0, 1) for each image, from (seed, position, purpose): (B, count) float64 on the device.
@@ -143,10 +192,25 @@ class Batch:
         return torch.from_numpy(draws).to(self.views[0].device, non_blocking=True)
 
 
-def to_device(host: HostBatch, device: torch.device, mean: Tensor, std: Tensor, seed: int) -> Batch:
-    """Move a batch and normalise it there; `mean` and `std` are (C, 1, 1) on the device."""
-    views = tuple(normalize(view.to(device, non_blocking=True), mean, std) for view in host.views)
-    return Batch(views, host.positions, seed)
+@dataclass(frozen=True)
+class Placer:
+    """Moves batches to the device, and colours and normalises them there."""
+
+    views: tuple[View, ...]
+    mean: Tensor
+    """(C, 1, 1) on the device."""
+    std: Tensor
+    """(C, 1, 1) on the device."""
+    seed: int
+
+    def __call__(self, host: HostBatch, progress: float = 0.0) -> Batch:
+        """The batch that an objective sees, when this share of the run is done."""
+        made = []
+        for number, (view, pixels) in enumerate(zip(self.views, host.views, strict=True)):
+            pixels = pixels.to(self.mean.device, non_blocking=True).float() / 255
+            draws = keyed.uniform(self.seed, f"colour {number}", host.keys.numpy(), DRAWS)
+            made.append((change_colour(pixels, view, draws) - self.mean) / self.std)
+        return Batch(tuple(made), host.positions, self.seed, host.keys, progress)
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -96,6 +96,15 @@ class Shards:
                 digest.update(np.ascontiguousarray(records[field]).tobytes())
         return digest.hexdigest()[:16]
 
+    def neighbour(self, sample: int, shift: int) -> int:
+        """The sample so many places after this one, else before it, that lies in its shard and has its label; else itself."""
+        shard, record = self._locate(sample)
+        records, place = self._records[shard], sample - int(self._starts[shard])
+        for other in (place + shift, place - shift):
+            if 0 <= other < len(records) and records[other]["label"] == record["label"]:
+                return int(self._starts[shard]) + other
+        return sample
+
     def describe(self, sample: int) -> str:
         """Where a sample lies, for messages: `train-000003.tar@51200`."""
         shard, record = self._locate(sample)

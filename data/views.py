@@ -1,7 +1,7 @@
-"""Geometry of a view: where to crop, how to resize, whether to flip; drawn from (seed, position), done on uint8 pixels.
+"""Geometry of a view: where to crop, how to resize, whether to flip; drawn from (seed, key), done on uint8 pixels.
 
 The definitions are torchvision's (`RandomResizedCrop`, `RandomHorizontalFlip`, `Resize` + `CenterCrop`); only the source
-of the randomness differs. Colour and normalisation come later, batched on the device.
+of the randomness differs. Colour and normalisation come later, batched on the device (`selfsight.data.colour`).
 """
 
 import numpy as np
@@ -17,7 +17,13 @@ CROP_TRIES = 10  # as in torchvision
 
 
 class View(Section):
-    """How one view of an image is made."""
+    """How one view of an image is made: cropped, flipped, then coloured, in the order of the fields."""
+
+    size: int | None = Field(None, ge=1)
+    """Side of the view, pixels; null: encoder.image_size. Smaller for the local views of multi-crop."""
+    shift: int = Field(0, ge=0)
+    """Take the view from a neighbour at most so many samples away in its shard and of the same label (a frame of the same
+    clip); 0: from the image itself."""
 
     crop_scale: tuple[float, float] | None = (0.2, 1.0)
     """Area of the random crop, least and most, as a share of the image; null: no random crop, as in evaluation."""
@@ -25,6 +31,24 @@ class View(Section):
     """Width over height of the random crop, least and most."""
     flip: float = Field(0.5, ge=0, le=1)
     """Probability of a left-right flip."""
+    jitter: float = Field(0.0, ge=0, le=1)
+    """Probability of colour jitter, by the four strengths that follow."""
+    brightness: float = Field(0.4, ge=0)
+    """Jitter of brightness: a factor in 1 - x .. 1 + x."""
+    contrast: float = Field(0.4, ge=0)
+    """Jitter of contrast: a factor in 1 - x .. 1 + x."""
+    saturation: float = Field(0.2, ge=0)
+    """Jitter of saturation: a factor in 1 - x .. 1 + x; three channels only."""
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """Jitter of hue: at most this share of the colour circle, either way; three channels only."""
+    grayscale: float = Field(0.0, ge=0, le=1)
+    """Probability of losing all colour; three channels only."""
+    blur: float = Field(0.0, ge=0, le=1)
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Deviation of the blur, least and most, pixels."""
+    solarize: float = Field(0.0, ge=0, le=1)
+    """Probability of inverting the brighter half of the range."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "View":
@@ -32,6 +56,8 @@ class View(Section):
             raise ValueError("crop_scale must be two shares, 0 < least <= most <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError("crop_ratio must be two ratios, 0 < least <= most")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError("blur_sigma must be two deviations, 0 < least <= most")
         return self
 
 
@@ -64,12 +90,19 @@ class ViewMaker:
     """Draws one view of each image of a batch. `number` tells the views of an objective apart."""
 
     def __init__(self, view: View, number: int, size: int, interpolation: str, seed: int) -> None:
-        self.view, self.number, self.size, self.seed = view, number, size, seed
+        self.view, self.number, self.size, self.seed = view, number, view.size or size, seed
         self.resampling = RESAMPLING[interpolation]
 
-    def draws(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
-        """All that the views at these positions are made from: (P, 1 + 4 x CROP_TRIES)."""
-        return keyed.uniform(self.seed, f"view {self.number}", positions, 1 + 4 * CROP_TRIES)
+    def draws(self, keys: NDArray[np.int64]) -> NDArray[np.float64]:
+        """All that the views with these keys are made from: (P, 1 + 4 x CROP_TRIES)."""
+        return keyed.uniform(self.seed, f"view {self.number}", keys, 1 + 4 * CROP_TRIES)
+
+    def shifts(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many samples away each view is taken from: (P,), 1 to `shift`, or 0."""
+        if not self.view.shift:
+            return np.zeros(len(keys), np.int64)
+        draws = keyed.uniform(self.seed, f"shift {self.number}", keys, 1)[:, 0]
+        return 1 + (draws * self.view.shift).astype(np.int64)
 
     def __call__(self, image: Image.Image, draws: NDArray[np.float64]) -> NDArray[np.uint8]:
         """One view, (C, size, size) uint8, from one row of `draws`."""

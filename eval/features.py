@@ -101,7 +101,7 @@ def extract(
     labels = labels_of(shards, ids)
     made = encoder.preprocessing
     crops = CentralCrops.of(shards, ids, made)
-    mean, std = channel_statistics(made, device)
+    mean, std = made.statistics(device)
     pools = tuple(pools or (encoder.pool,))
     parts: dict[str, list[Tensor]] = {pool: [] for pool in pools}
     training = encoder.training
@@ -129,11 +129,3 @@ def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) ->
     pixels = torch.cat(list(crops.read(workers, False)))
     vectors = torch.cat([pixels.flatten(1).float() / 255, torch.full((len(pixels), 1), 1e-3)], dim=1)
     return Features({"pixels": vectors}, labels_of(shards, ids))
-
-
-def channel_statistics(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation as (C, 1, 1)."""
-    mean, std = (
-        torch.tensor(values, device=device).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
-    )
-    return mean, std

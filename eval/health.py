@@ -12,6 +12,10 @@ def rankme(features: Tensor) -> float:
     Args:
         features: (N, D), not centred.
     """
-    values = torch.linalg.svdvals(features.double())
+    features = features.double()
+    if features.shape[1] > 4 * len(features):  # the singular values are those of the smaller Gram matrix
+        values = torch.linalg.eigvalsh(features @ features.T).clamp(min=0).sqrt()
+    else:
+        values = torch.linalg.svdvals(features)
     shares = values / values.sum() + 1e-7
     return torch.exp(-(shares * shares.log()).sum()).item()

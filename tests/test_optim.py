@@ -10,7 +10,7 @@ from selfsight.data.views import View
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import MAEConfig
-from selfsight.optim import build_optimizer, lr_at, move_average, set_lr
+from selfsight.optim import build_optimizer, lr_at, move_average, set_rates
 from selfsight.recipe import DataConfig, EncoderConfig, OptimConfig
 
 ENCODER = EncoderConfig(image_size=8, channels=1, patch=2, width=16, depth=3, heads=2, registers=1)
@@ -62,7 +62,7 @@ def test_groups() -> None:
     for name, (decay, scale) in expected.items():
         assert (of[id(named[name])]["weight_decay"], of[id(named[name])]["scale"]) == (decay, scale), name
     assert id(named["encoder.backbone.pos_embed"]) not in of  # fixed
-    set_lr(optimizer, 2.0)
+    set_rates(optimizer, 2.0, 0.05)
     assert {group["lr"] for group in optimizer.param_groups} == {2.0 * 0.5**n for n in (0, 1, 2, 3, 4)}
 
 

@@ -19,9 +19,7 @@ from safetensors.torch import load_file
 
 from selfsight import checkpoint
 from selfsight.assemble import assemble
-from selfsight.data.loader import to_device
 from selfsight.errors import DataError, NumericError, Stopped, UsageError
-from selfsight.eval.features import channel_statistics
 from selfsight.metrics import TIMING, Meter
 from selfsight.objectives.mae import MAE
 from selfsight.processes import StopRequest
@@ -241,7 +239,7 @@ def test_the_loop_is_a_plain_loop(small_fields: Fields) -> None:
     pretrain("digits/mae", fields)
     parts = assemble(load("digits/mae", fields), torch.device("cpu"))
     batches, lines = parts.batches(), learned(parts.recipe.run_dir)
-    mean, std = channel_statistics(parts.encoder.preprocessing, torch.device("cpu"))
+    place = parts.placer(torch.device("cpu"))
     decayed = [
         p for n, p in parts.objective.named_parameters() if p.requires_grad and p.ndim > 1 and not n.endswith("token")
     ]
@@ -250,7 +248,7 @@ def test_the_loop_is_a_plain_loop(small_fields: Fields) -> None:
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
     )
     for step in range(6):
-        loss = parts.objective(to_device(batches[step], torch.device("cpu"), mean, std, 0)).total
+        loss = parts.objective(place(batches[step])).total
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parts.objective.parameters(), 0.05)

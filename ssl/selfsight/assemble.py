@@ -10,14 +10,14 @@ from torch import Tensor
 
 from selfsight import __version__, checkpoint
 from selfsight.data.decode import MODES
-from selfsight.data.loader import Batches
+from selfsight.data.loader import Batches, Placer
 from selfsight.data.shards import Shards
 from selfsight.data.views import ViewMaker
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
-from selfsight.objectives.base import Objective
+from selfsight.objectives.base import Objective, Setting
 from selfsight.optim import build_optimizer
 from selfsight.recipe import Recipe
 from selfsight.run_folder import differences
@@ -43,7 +43,7 @@ class Parts:
     @property
     def scored(self) -> Encoder:
         """The encoder that is scored and exported."""
-        return self.average or self.encoder
+        return self.average or self.objective.scored
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -62,7 +62,12 @@ class Parts:
             for number, view in enumerate(self.objective.views)
         )
         train = recipe.train
-        return Batches(self.shards, makers, recipe.seed, made.channels, train.batch_size, rank, world, train.accumulate)
+        split = train.batch_size, rank, world, train.accumulate
+        return Batches(self.shards, makers, recipe.seed, made.channels, *split, self.objective.augmentations)
+
+    def placer(self, device: torch.device) -> Placer:
+        """What makes a batch for the objective, on the device."""
+        return Placer(self.objective.views, *self.encoder.preprocessing.statistics(device), self.recipe.seed)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that goes on from it. Where the data lie is not part of it."""
@@ -84,6 +89,7 @@ class Parts:
             "version": __version__,
             "fingerprint": self.fingerprint(),
             "recipe": self.recipe.model_dump(mode="json"),
+            "scored": next(name for name, module in self.objective.named_modules() if module is self.objective.scored),
         }
 
     def restore(self, saved: checkpoint.Checkpoint, where: str) -> int:
@@ -127,10 +133,13 @@ def assemble(recipe: Recipe, device: torch.device) -> Parts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         objective = build_objective(recipe.objective, encoder)
+    notes += objective.check(Setting(batch // recipe.train.accumulate, shards.id, recipe.seed))
     objective.to(device)
     average = copy.deepcopy(encoder).requires_grad_(False) if recipe.train.ema else None
     if recipe.train.compile:
-        for block in encoder.blocks:
-            block.compile()
+        for module in objective.modules():
+            if isinstance(module, Encoder):
+                for block in module.blocks:
+                    block.compile()
     optimizer = build_optimizer(objective, encoder, recipe.optim)
     return Parts(recipe, shards, encoder, objective, optimizer, average, steps, notes)

@@ -126,6 +126,14 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(state, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))})
 
 
+def encoder_tensors(saved: Checkpoint) -> Tensors:
+    """The encoder that is scored and exported: the running average, or whichever the checkpoint says."""
+    if "ema" in saved.tensors:
+        return saved.tensors["ema"]
+    start = saved.state.get("scored", "encoder") + "."
+    return {name.removeprefix(start): value for name, value in saved.tensors["model"].items() if name.startswith(start)}
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> Tensors:
     """The optimizer's state as flat tensors `<parameter>/<moment>`; groups are rebuilt from the recipe."""
     return {

@@ -11,7 +11,7 @@ from typing import Any
 from selfsight import __version__
 from selfsight.errors import SelfsightError, UsageError
 
-FIELD_COMMANDS = ("pretrain", "quickstart")  # take recipe fields as options
+FIELD_COMMANDS = ("pretrain", "quickstart", "teacher")  # take recipe fields as options
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage or recipe error, 65 bad data, 70 not finite, 74 disk or checkpoint, "
     "75 stopped on request (run it again)"
@@ -27,8 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         fields: dict[str, str] = {}
         if words and words[0] in FIELD_COMMANDS:
             fields, words = split_fields(words)
+        plugins = fields.pop("plugin", None)
         options = build_parser().parse_args(words)
         options.fields = fields
+        if named := plugins or getattr(options, "plugin", None):
+            from selfsight.objectives import load_plugin
+
+            for module in named.split(","):
+                load_plugin(module)
         return options.run(options) or 0
     except SelfsightError as error:
         if debug:
@@ -94,8 +100,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = _command(commands, "pretrain", _pretrain, "start or resume a run", takes_fields=True)
-    one.usage = "selfsight pretrain RECIPE [--section.key value ...]"
+    one.usage = "selfsight pretrain RECIPE [--section.key value ...] [--plugin package.module]"
     one.add_argument("recipe", help="a YAML file, or a packaged recipe such as digits/mae")
+
+    one = _command(
+        commands, "teacher", _teacher, "store a teacher's outputs beside the shards, for a distill recipe", True
+    )
+    one.usage = "selfsight teacher RECIPE --objective.stored FOLDER [--section.key value ...]"
+    one.add_argument("recipe", help="the recipe that will learn from them, with objective.stored and augmentations")
 
     one = _command(commands, "eval", _eval, "score an encoder beside the floors")
     one.add_argument(
@@ -125,6 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = _command(commands, "report", _report, "write report.html of a run again")
     one.add_argument("run_dir", type=Path, help="a run folder")
+    one.add_argument(
+        "--plugin", metavar="MODULE", help="a module with the run's objective, as it was given to pretrain"
+    )
 
     shards = commands.add_parser("shards", help="build, index and check WebDataset shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -192,6 +207,13 @@ def _pretrain(options: argparse.Namespace) -> int:
     scores = pretrain(options.recipe, options.fields).get("scores")
     if scores:
         score_table(scores, f"{scores[0]['test']}, % correct")
+    return 0
+
+
+def _teacher(options: argparse.Namespace) -> int:
+    from selfsight.teach import store_teacher
+
+    print(store_teacher(options.recipe, options.fields))
     return 0
 
 

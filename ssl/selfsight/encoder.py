@@ -17,6 +17,8 @@ from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,6 +62,11 @@ class Preprocessing(NamedTuple):
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
 
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation as (C, 1, 1)."""
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
 
 class Encoder(nn.Module):
     """A timm backbone that can drop or mask patches, and pools the same way everywhere.
@@ -84,6 +91,7 @@ class Encoder(nn.Module):
         self.checkpoint_blocks = False
         # Two families have the plain sequence of steps that `forward` spells out; others run as timm wrote them.
         self.plain = type(backbone) in (VisionTransformer, Eva) and _plain_stem(self.backbone.patch_embed)
+        self.hierarchical = type(backbone) in (SwinTransformer, SwinTransformerV2)
         self.width: int = self.backbone.num_features
         self._drop_paths = _keyed_drop_paths(backbone)
         if "cls" in self.pool and not self.has_class_token:
@@ -101,13 +109,30 @@ class Encoder(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Rows and columns of patches that go in."""
         return self.backbone.patch_embed.grid_size
 
     @property
     def patch(self) -> int:
         """Side of a patch, pixels."""
         return self.backbone.patch_embed.patch_size[0]
+
+    @property
+    def stride(self) -> int:
+        """Pixels between the patch tokens that come out: the patch, or what a hierarchical backbone has made of it."""
+        return self.patch if self.plain else self.backbone.feature_info[-1]["reduction"]
+
+    @property
+    def stem_width(self) -> int:
+        """Width of a patch's embedding, which a mask token replaces."""
+        return self.backbone.embed_dim
+
+    @property
+    def feature_width(self) -> int:
+        """Width of `embed`'s features."""
+        if self.pool == "head":
+            return getattr(self.backbone, "head_hidden_size", self.width)
+        return self.width * len(self.pool.split("+"))
 
     @property
     def blocks(self) -> nn.ModuleList | nn.Sequential:
@@ -122,6 +147,7 @@ class Encoder(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         draw: Draw | None = None,
+        any_size: bool = False,
     ) -> Tokens:
         """Encode normalised images (B, C, H, W).
 
@@ -129,20 +155,23 @@ class Encoder(nn.Module):
             keep: (B, K) long; only these patches are embedded and encoded.
             mask: (B, N) bool, with `mask_token` (D,): these patches' embeddings are replaced, before positions are added.
             draw: where stochastic depth takes its randomness, such as `Batch.uniform`; torch's generator if not given.
+            any_size: take images of another size than the encoder's, in whole patches, and resample the position
+                embeddings for them (bicubic, antialiased), as for the local views of multi-crop.
 
         Raises:
-            UsageError: `keep` or `mask` with a backbone that has no plain sequence of patch tokens.
+            UsageError: `keep`, `mask` or `any_size` with a backbone that is not made for it, or images of another size.
         """
-        if not self.plain:
-            if keep is not None or mask is not None:
-                raise UsageError(f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model")
-            return self._dense(images)
         self._draw_drop_paths(len(images), images.device, draw)
+        if not self.plain:
+            if keep is not None or (mask is not None and not self.hierarchical):
+                raise UsageError(f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model")
+            return self._dense(images, mask, mask_token)
+        grid = self._grid_of(images, any_size)
         x = self._embed_patches(images, keep)
         if mask is not None:
             assert mask_token is not None
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
-        x, rope = self._add_positions(x, keep)
+        x, rope = self._add_positions(x, keep, grid)
         x = self.backbone.norm_pre(x)
         for depth, block in enumerate(self.blocks):
             extra: dict[str, Any] = {} if rope is None else {"rope": rope[depth] if self.backbone.rope_mixed else rope}
@@ -153,43 +182,57 @@ class Encoder(nn.Module):
         x = self.backbone.norm(x)
         return Tokens(x[:, : self.prefix_tokens], x[:, self.prefix_tokens :])
 
-    def embed(self, images: Tensor, pool: str | None = None) -> Tensor:
+    def embed(self, images: Tensor, pool: str | None = None, draw: Draw | None = None) -> Tensor:
         """Features of normalised images (B, C, H, W): (B, D), or (B, 2 D) for "cls+mean".
 
         The online probe, kNN, linear probe, export check and report all come through here, and no other way.
         """
         pool = pool or self.pool
-        return self.embed_pools(images, (pool,))[pool]
+        return self.embed_pools(images, (pool,), draw)[pool]
 
-    def embed_pools(self, images: Tensor, pools: Sequence[str]) -> dict[str, Tensor]:
+    def embed_pools(self, images: Tensor, pools: Sequence[str], draw: Draw | None = None) -> dict[str, Tensor]:
         """`embed` for several pools from one forward pass."""
         features: dict[str, Tensor] = {}
         if "head" in pools:
+            self._draw_drop_paths(len(images), images.device, draw)
             features["head"] = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
         if others := [pool for pool in pools if pool != "head"]:
-            tokens = self(images)
+            tokens = self(images, draw=draw)
             features |= {pool: pool_tokens(tokens, pool) for pool in others}
         return features
+
+    def _grid_of(self, images: Tensor, any_size: bool) -> tuple[int, int]:
+        """Rows and columns of patches of these images."""
+        stem, (height, width) = self.backbone.patch_embed, images.shape[-2:]
+        fits = not (height % self.patch or width % self.patch) if any_size else (height, width) == stem.img_size
+        if not fits or images.shape[1] != stem.proj.in_channels:
+            wanted = (stem.proj.in_channels, *stem.img_size)
+            also = f" or other whole patches of {self.patch} pixels" if any_size else ""
+            raise UsageError(f"images of shape {tuple(images.shape[1:])}; the encoder takes {wanted}{also}")
+        grid = (height // self.patch, width // self.patch)
+        if grid != self.grid and getattr(self.backbone, "rope", None) is not None:
+            raise UsageError(
+                f"{self.config.name} has rotary positions: images of {height} x {width} need a vit_* without"
+            )
+        return grid
 
     def _embed_patches(self, images: Tensor, keep: Tensor | None) -> Tensor:
         """The stem's convolution as a product over patches, so that hidden patches are dropped before it: (B, K, D)."""
         stem = self.backbone.patch_embed
-        if images.shape[-2:] != stem.img_size or images.shape[1] != stem.proj.in_channels:
-            raise UsageError(
-                f"images of shape {tuple(images.shape[1:])}; the encoder takes {stem.proj.in_channels, *stem.img_size}"
-            )
         patches = patchify(images, self.patch)
         if keep is not None:
             patches = take(patches, keep)
         return stem.norm(F.linear(patches, stem.proj.weight.flatten(1), stem.proj.bias))
 
-    def _add_positions(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _add_positions(self, x: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Position embeddings on patches and, where the model has them there, on prefix tokens; then the rotary ones."""
         model, table = self.backbone, self.backbone.pos_embed
         tokens = [token for token in (model.cls_token, model.reg_token) if token is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else x.new_zeros(1, 0, x.shape[-1])
         if table is not None:
             split = 0 if model.no_embed_class else self.prefix_tokens
+            if grid != self.grid:
+                table = resample_abs_pos_embed(table, list(grid), list(self.grid), num_prefix_tokens=split)
             prefix = prefix + table[:, :split] if split else prefix
             places = table[:, split:].expand(len(x), -1, -1)
             x = x + (places if keep is None else take(places, keep))
@@ -198,15 +241,21 @@ class Encoder(nn.Module):
         if rope is None:
             return x, None
         cached = getattr(rope, "feat_shape", None) is not None
-        angles = rope.get_embed() if cached else rope.get_embed(shape=self.grid)
+        angles = rope.get_embed() if cached else rope.get_embed(shape=grid)
         if keep is not None:  # (..., N, d) -> each image's own: (..., B, 1, K, d)
             angles = angles[..., keep, :] if model.rope_mixed else angles[keep][:, None]
             angles = angles.transpose(1, 2) if model.rope_mixed else angles
         return x, angles
 
-    def _dense(self, images: Tensor) -> Tokens:
+    def _dense(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
         """A backbone with its own way: its last feature map as patch tokens, whatever the layout."""
-        x = self.backbone.forward_features(images)
+        if mask is None:
+            x = self.backbone.forward_features(images)
+        else:  # the Swin family's own steps, with masked patches replaced after its stem
+            assert mask_token is not None
+            x = self.backbone.patch_embed(images)
+            x = torch.where(mask.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
+            x = self.backbone.norm(self.backbone.layers(x))
         if x.ndim == 4:
             channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
             x = rearrange(x, "b h w d -> b (h w) d" if channels_last else "b d h w -> b (h w) d")

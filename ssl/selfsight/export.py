@@ -18,7 +18,7 @@ from timm.models import save_for_hf
 from selfsight import checkpoint
 from selfsight.encoder import Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
-from selfsight.recipe import EncoderConfig, validate
+from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.weights import load_weights
 
 TOLERANCE = (
@@ -180,15 +180,11 @@ def _from_export(path: Path) -> Encoder:
 
 def _from_checkpoint(path: Path) -> Encoder:
     saved = checkpoint.load(path)
-    recipe = validate(saved.state["recipe"], str(path))
-    encoder = build_encoder(recipe.encoder, preprocessing_of(recipe.data, recipe.encoder), seed=0)
-    tensors = saved.tensors.get("ema") or {
-        name.removeprefix("encoder."): value
-        for name, value in saved.tensors["model"].items()
-        if name.startswith("encoder.")
-    }
+    recipe = saved.state["recipe"]  # its objective may come from a package that is not here
+    config = EncoderConfig.model_validate(recipe["encoder"])
+    encoder = build_encoder(config, preprocessing_of(DataConfig.model_validate(recipe["data"]), config), seed=0)
     try:
-        encoder.load_state_dict(tensors, strict=True)
+        encoder.load_state_dict(checkpoint.encoder_tensors(saved), strict=True)
     except RuntimeError as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
     return encoder.eval()

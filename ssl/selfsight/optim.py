@@ -32,16 +32,23 @@ def build_optimizer(objective: nn.Module, encoder: Encoder, config: OptimConfig)
         decayed = parameter.ndim > 1 and name.rpartition(".")[2] not in spared
         groups.setdefault((decayed, _scale(name, encoder, config.layer_decay)), []).append(parameter)
     described = [
-        {"params": members, "weight_decay": config.weight_decay if decayed else 0.0, "scale": scale}
+        {"params": members, "weight_decay": config.weight_decay * decayed, "decayed": decayed, "scale": scale}
         for (decayed, scale), members in groups.items()
     ]
     return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of the rate."""
+def weight_decay_at(step: int, steps: int, config: OptimConfig) -> float:
+    """Weight decay of step `step` in [0, steps): from `weight_decay` along half a cosine to `weight_decay_end`."""
+    last = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    return last + (config.weight_decay - last) * 0.5 * (1 + cos(pi * step / steps))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Give every group its share of the learning rate, and those that are decayed the weight decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
+        group["weight_decay"] = weight_decay * group["decayed"]
 
 
 def _scale(name: str, encoder: Encoder, decay: float) -> float:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 import selfsight
 from selfsight import plainyaml
 from selfsight.errors import UsageError
-from selfsight.objectives import OBJECTIVES
+from selfsight.objectives import config_type, parse_objective
 from selfsight.objectives.configs import ObjectiveConfig
 from selfsight.section import Section
 
@@ -79,6 +79,8 @@ class OptimConfig(Section):
     """Share of the steps in which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay; norms, biases, tokens and position embeddings are spared."""
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Weight decay at the last step, reached along half a cosine; null: it stays the same."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     layer_decay: float = Field(1.0, gt=0, le=1)
@@ -112,6 +114,8 @@ class TrainConfig(Section):
     """CPU threads of torch in each rank; null: torch's choice, all cores. Tiny models are faster with 1."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a running average of the encoder's weights, which is then what is scored and exported; null: none."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """When the features of all images become the same: warn once, or stop with exit code 70."""
     log_every: int = Field(10, ge=1)
     """Steps between lines in metrics.jsonl."""
     save_every: int = Field(1000, ge=1)
@@ -227,17 +231,12 @@ def validate(tree: dict[str, Any], where: str) -> Recipe:
     problems: list[str] = []
     objective = tree.get("objective")
     if isinstance(objective, dict):
-        name = objective.get("name")
-        if not isinstance(name, str) or name not in OBJECTIVES:
-            near = get_close_matches(str(name), OBJECTIVES, 3, 0.3)
-            known = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(OBJECTIVES)}"
-            problems.append(f"objective.name: no objective {name!r}; {known}")
-        else:
-            fields = OBJECTIVES[name][0]
-            try:
-                tree = tree | {"objective": fields.model_validate(objective)}
-            except ValidationError as error:
-                problems += _explain(error, "objective.", fields)
+        try:
+            tree = tree | {"objective": parse_objective(objective)}
+        except UsageError as error:
+            problems.append(f"objective.name: {error}")
+        except ValidationError as error:
+            problems += _explain(error, "objective.", config_type(objective.get("name")))
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

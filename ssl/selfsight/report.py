@@ -19,9 +19,9 @@ from torch import Tensor
 from selfsight import __version__, console
 from selfsight.assemble import Parts
 from selfsight.charts import Series, line_chart
-from selfsight.data.loader import normalize, to_device
+from selfsight.data.loader import normalize
 from selfsight.encoder import Preprocessing
-from selfsight.eval.features import CentralCrops, channel_statistics
+from selfsight.eval.features import CentralCrops
 from selfsight.export import timm_line
 from selfsight.run_folder import read_lines, write_atomically
 
@@ -100,12 +100,11 @@ def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
 def picture_rows(parts: Parts, device: torch.device) -> list[dict[str, Any]]:
     """The objective's pictures of the first training images, one row a caption."""
     few = replace(parts.batches(), batch_size=PICTURES, accumulate=1)[0]
-    mean, std = channel_statistics(parts.encoder.preprocessing, device)
     parts.objective.eval()
-    shown = parts.objective.pictures(to_device(few, device, mean, std, parts.recipe.seed))
+    shown = parts.objective.pictures(parts.placer(device)(few))
     parts.objective.train()
     sources = CentralCrops.of(parts.shards, few.ids.numpy(), parts.encoder.preprocessing)[0]
-    shown = {"source image": normalize(sources.to(device), mean, std), **shown}
+    shown = {"source image": normalize(sources.to(device), *parts.encoder.preprocessing.statistics(device)), **shown}
     return [
         {"caption": caption, "images": [png(image, parts.encoder.preprocessing) for image in images.cpu()]}
         for caption, images in shown.items()
@@ -114,7 +113,7 @@ def picture_rows(parts: Parts, device: torch.device) -> list[dict[str, Any]]:
 
 def png(image: Tensor, made: Preprocessing) -> str:
     """A normalised image (C, S, S) as a data URL; 1 or 3 channels as they are, of more the first."""
-    mean, std = channel_statistics(made, image.device)
+    mean, std = made.statistics(image.device)
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().numpy()
     array = np.moveaxis(pixels, 0, -1) if len(pixels) == 3 else pixels[0]
     out = BytesIO()

@@ -12,14 +12,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from selfsight import checkpoint, console
 from selfsight.assemble import Parts, assemble
-from selfsight.data.loader import loader, to_device
+from selfsight.collapse import EVERY, CollapseWatch
+from selfsight.data.loader import loader
 from selfsight.errors import NumericError, Stopped, UsageError
-from selfsight.eval.features import channel_statistics
 from selfsight.eval.online import OnlineKNN
 from selfsight.finish import finish
 from selfsight.metrics import Meter, MetricsLog, require_trackers, start_trackers
 from selfsight.objectives.base import Loss
-from selfsight.optim import lr_at, move_average, set_lr
+from selfsight.optim import lr_at, move_average, set_rates, weight_decay_at
 from selfsight.processes import StopRequest, any_rank, join, loader_workers, same_on_every_rank
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
@@ -60,7 +60,7 @@ def train(parts: Parts, accelerator: Accelerator) -> None:
     done = resume(parts, accelerator)
     model: Any = accelerator.prepare_model(parts.objective)
     trained = [parameter for parameter in parts.objective.parameters() if parameter.requires_grad]
-    mean, std = channel_statistics(parts.encoder.preprocessing, device)
+    place, watch = parts.placer(device), CollapseWatch(config.on_collapse == "stop")
     batches = iter(
         loader(parts.batches(rank, world), range(done * micros, steps * micros), workers, device.type == "cuda")
     )
@@ -79,7 +79,7 @@ def train(parts: Parts, accelerator: Accelerator) -> None:
                 with meter.waiting():
                     host = next(batches)
                 quarantine.record(host)
-                batch = to_device(host, device, mean, std, recipe.seed)
+                batch = place(host, step / steps)
                 with accelerator.no_sync(model) if micro < micros - 1 else nullcontext():
                     losses.append(model(batch))
                     accelerator.backward(losses[-1].total / micros)
@@ -87,7 +87,7 @@ def train(parts: Parts, accelerator: Accelerator) -> None:
             if recipe.optim.clip:
                 clip_grads_with_norm_(trained, recipe.optim.clip, norm)
             lr = lr_at(step, steps, recipe.optim)
-            set_lr(parts.optimizer, lr)
+            set_rates(parts.optimizer, lr, weight_decay_at(step, steps, recipe.optim))
             parts.optimizer.step()
             parts.optimizer.zero_grad()
             parts.objective.after_step(step + 1, steps)
@@ -99,9 +99,11 @@ def train(parts: Parts, accelerator: Accelerator) -> None:
             bar()
             stopping = any_rank(accelerator, stop.asked)
             scoring = recipe.eval.train is not None and due(done, recipe.eval.every, steps)
-            if scoring or due(done, config.log_every, steps):
+            logging = scoring or due(done, config.log_every, steps)
+            watched = watch(done, losses[-1], accelerator) if logging or due(done, EVERY, steps) else {}
+            if logging:
                 line = {"step": done, "epoch": round(parts.epoch(done), 4), **mean_loss(losses, accelerator)}
-                line |= {"lr": lr, "grad_norm": norm.item()}
+                line |= {"lr": lr, "grad_norm": norm.item()} | watched
                 timing = meter.read()
                 with meter.pause():
                     log.write(line | (online(parts.scored, device) if scoring and online else {}) | timing)

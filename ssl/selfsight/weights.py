@@ -10,6 +10,7 @@ from timm.layers.patch_embed import resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor
 
+from selfsight import checkpoint
 from selfsight.encoder import Encoder, resample_positions
 from selfsight.errors import UsageError
 
@@ -49,8 +50,10 @@ def load_weights(encoder: Encoder, source: str, architecture: str) -> list[str]:
 
 def _read(source: str, architecture: str) -> dict[str, Tensor]:
     folder = Path(source)
-    names = [name for name in ("ema.safetensors", "model.safetensors") if (folder / name).is_file()]
-    path = folder / names[0] if names else folder
+    if (folder / "state.json").is_file():
+        trained = checkpoint.encoder_tensors(checkpoint.load(folder))
+        return {name.removeprefix("backbone."): tensor for name, tensor in trained.items()}
+    path = folder / "model.safetensors" if (folder / "model.safetensors").is_file() else folder
     if path.is_file():
         try:
             tensors = load_file(path)

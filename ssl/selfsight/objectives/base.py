@@ -1,29 +1,52 @@
 """What an objective is: a batch in, a loss and its named terms out. It knows nothing of ranks, logs or checkpoints."""
 
+import copy
+from collections.abc import Mapping
+from itertools import pairwise
+from math import cos, pi
+from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from selfsight.data.loader import Batch
 from selfsight.data.views import View
-from selfsight.encoder import Encoder
-from selfsight.objectives.configs import ObjectiveConfig
+from selfsight.encoder import Encoder, Tokens, pool_tokens
+from selfsight.objectives.configs import EMATeacherConfig, ObjectiveConfig
+from selfsight.optim import move_average
+
+
+class Setting(NamedTuple):
+    """What is known of a run before its first step."""
+
+    images: int
+    """What one forward pass sees, gathered over the ranks: the batch without its other micro-batches."""
+    data: str
+    """The id of the data."""
+    seed: int
 
 
 class Loss(NamedTuple):
-    """A scalar to minimise, and scalars to look at."""
+    """A scalar to minimise, scalars to look at, and vectors to watch for collapse."""
 
     total: Tensor
     terms: dict[str, Tensor]
     """Parts of the total and what to compare it with, detached. A term named `floor` is drawn under the loss curve: what
     a predictor that has learned nothing would score."""
+    watched: Mapping[str, Tensor] = MappingProxyType({})
+    """By name, vectors (B, D) that differ from image to image while all is well, detached."""
 
 
 class Objective(nn.Module):
     """A pretext task around one encoder."""
 
+    config: ObjectiveConfig
+    """Its fields; a subclass annotates it with its own type."""
     views: tuple[View, ...]
     """One augmentation for each view of an image that `forward` wants."""
+    augmentations: int | None = None
+    """So many augmentations of each image, one an epoch in turn; None: every epoch has its own."""
 
     def __init__(self, encoder: Encoder, config: ObjectiveConfig) -> None:
         super().__init__()
@@ -37,6 +60,82 @@ class Objective(nn.Module):
     def after_step(self, step: int, steps: int) -> None:
         """What happens when `step` of `steps` optimizer steps are done (a teacher moves, for example)."""
 
+    def check(self, setting: Setting) -> list[str]:
+        """Look at what is known before the first step; the answer is a list of warnings.
+
+        Raises:
+            UsageError: it cannot work so.
+        """
+        return []
+
+    @property
+    def scored(self) -> Encoder:
+        """The encoder that is scored and exported: the trained one, or its teacher."""
+        return self.encoder
+
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Normalised images (B, C, S, S) by caption that show a person what the task is and how well it goes."""
         return {f"view {i + 1}": view for i, view in enumerate(batch.views)}
+
+    def tokens(self, batch: Batch, view: int) -> Tokens:
+        """All tokens of a view, encoded once for all objectives of a joint."""
+        images = batch.views[view]
+        key = (id(self.encoder), id(images))  # both outlive the batch
+        if key not in batch.shared:
+            number = len(batch.shared)
+            batch.shared[key] = self.encoder(images, draw=lambda purpose, n: batch.uniform(f"{purpose} {number}", n))
+        return batch.shared[key]
+
+    def feature(self, batch: Batch, view: int) -> Tensor:
+        """The image's feature (B, D) from a view: what `Encoder.embed` gives, in training."""
+        if self.encoder.pool == "head":
+            return self.encoder.embed(batch.views[view], draw=batch.uniform)
+        return pool_tokens(self.tokens(batch, view), self.encoder.pool)
+
+
+class EMATaught(Objective):
+    """An objective whose teacher is a running average of its student, and is what is scored and exported."""
+
+    config: EMATeacherConfig
+
+    def __init__(self, encoder: Encoder, config: EMATeacherConfig) -> None:
+        super().__init__(encoder, config)
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False).eval()
+
+    @property
+    def scored(self) -> Encoder:
+        """The teacher."""
+        return self.teacher
+
+    def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The pairs (average, live) that move together."""
+        return [(self.teacher, self.encoder)]
+
+    def train(self, mode: bool = True) -> "EMATaught":
+        """The teacher never drops anything."""
+        super().train(mode)
+        for average, _ in self.averaged():
+            average.eval()
+        return self
+
+    @torch.no_grad()
+    def after_step(self, step: int, steps: int) -> None:
+        """Move the teacher; its decay rises from `momentum` to 1 along half a cosine."""
+        decay = 1 - (1 - self.config.momentum) * (cos(pi * (step - 1) / steps) + 1) / 2
+        for average, live in self.averaged():
+            move_average(average, live, decay)
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """Arithmetic as precise as the tensors, whatever autocast says: for losses whose sums are long."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def mlp(widths: list[int], norm: type[nn.Module] | None = None, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    """Linear layers of these widths, in to out; between them a norm, if given, and an activation. A norm makes biases idle."""
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(pairwise(widths)):
+        if number:
+            layers += [*([norm(before)] if norm else []), activation()]
+        layers.append(nn.Linear(before, after, bias=norm is None))
+    return nn.Sequential(*layers)

@@ -2,7 +2,8 @@
 
 Two departures that change the cost and not the result: hidden patches are dropped before the patch embedding, and the
 decoder's last norm and prediction run on hidden patches only. The decoder sees visible tokens first and hidden ones
-after them; attention does not care, since each carries its position.
+after them; attention does not care, since each carries its position. Optional: only a part of the hidden patches is
+rebuilt (VideoMAE V2, arXiv 2303.16727), other distances, and a second target, the magnitude of the image's gradient.
 """
 
 import torch
@@ -14,6 +15,8 @@ from selfsight.encoder import Encoder, Tokens, patchify, take, unpatchify
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import MAEConfig
+from selfsight.objectives.masks import random_masking
+from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
 from selfsight.positions import sincos
 
 
@@ -32,6 +35,7 @@ class MAE(Objective):
                 f"objective.mask_ratio: {config.mask_ratio} of {patches} patches leaves {self.visible} visible; "
                 "at least one must be visible and one hidden"
             )
+        self.predicted = max(1, round((patches - self.visible) * config.predict_ratio))
         if width % config.decoder_heads or width % 4:
             raise UsageError(
                 f"objective.decoder_width: {width} must be a multiple of 4 and of the {config.decoder_heads} heads"
@@ -42,7 +46,8 @@ class MAE(Objective):
             *[Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)]
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.predict = nn.Linear(width, encoder.patch**2 * encoder.preprocessing.channels)
+        self.targets = 2 if config.edges else 1
+        self.predict = nn.Linear(width, self.targets * encoder.patch**2 * encoder.preprocessing.channels)
         self.register_buffer("positions", sincos(width, encoder.grid, encoder.prefix_tokens), persistent=False)
         self.positions: Tensor
         for module in self.modules():
@@ -52,15 +57,42 @@ class MAE(Objective):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, batch: Batch) -> Loss:
-        """Mean squared error over the pixels of hidden patches (equation in section 3, "Reconstruction target")."""
+        """The distance over the pixels of hidden patches (equation in section 3, "Reconstruction target")."""
         images = batch.views[0]
-        keep, hidden = random_masking(batch.uniform("mask", self.encoder.grid[0] * self.encoder.grid[1]), self.visible)
-        tokens = self.encoder(images, keep=keep, draw=batch.uniform)
-        predicted = self.decode(tokens, keep, hidden)
+        keep, hidden = self.mask(batch)
+        predicted = self.decode(self.encoder(images, keep=keep, draw=batch.uniform), keep, hidden).float()
+        predicted, *edges = predicted.chunk(self.targets, dim=-1)
         target = self.target(images, hidden)
-        loss = (predicted.float() - target).square().mean()
-        # The floor paints the hidden patches in the best single colour of each image; 1 - 1 / p^2 C for normalised ones.
-        return Loss(loss, {"floor": target.var(dim=(1, 2), correction=0).mean()})
+        loss = self.distance(predicted, target, images, hidden)
+        # The floor paints the hidden patches in the mean of each image's targets; 1 - 1 / p^2 C for normalised ones.
+        constant = target.mean(dim=(1, 2), keepdim=True).expand_as(target)
+        terms = {"floor": self.distance(constant, target, images, hidden).detach()}
+        for prediction in edges:
+            terms["edges"] = (prediction - self.target(gradient_magnitude(images), hidden)).square().mean()
+            loss = loss + self.config.edges * terms["edges"]
+        return Loss(loss, {name: term.detach() for name, term in terms.items()})
+
+    def mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Patches that the encoder sees (B, K), and those that the decoder rebuilds (B, M)."""
+        draws = batch.uniform("mask", self.encoder.grid[0] * self.encoder.grid[1])
+        keep, hidden = random_masking(draws, self.visible)
+        return keep, hidden[:, : self.predicted]
+
+    def distance(self, predicted: Tensor, target: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+        """Mean squared or absolute difference of patches (B, M, C p p), or 1 - MS-SSIM of the images they make."""
+        if self.config.loss == "ms-ssim":
+            return 1 - ms_ssim(self.in_place(predicted, images, hidden), images, self.encoder.preprocessing)
+        difference = predicted - target
+        return (difference.square() if self.config.loss == "l2" else difference.abs()).mean()
+
+    def in_place(self, predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
+        """The images with predicted patches in their places; a normalised patch gets its own mean and variance back."""
+        patches = patchify(images, self.encoder.patch)
+        if self.config.normalize_patches:
+            true = take(patches, hidden)
+            predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
+        rebuilt = patches.scatter(1, hidden[..., None].expand_as(predicted), predicted)
+        return unpatchify(rebuilt, self.encoder.patch, self.encoder.grid)
 
     def decode(self, tokens: Tokens, keep: Tensor, hidden: Tensor) -> Tensor:
         """Pixels of the hidden patches (B, M, C p p) from the encoder's tokens of the visible ones."""
@@ -82,21 +114,14 @@ class MAE(Objective):
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The image, what the encoder saw of it, and what the decoder made of that."""
-        images, encoder = batch.views[0], self.encoder
-        keep, hidden = random_masking(batch.uniform("mask", encoder.grid[0] * encoder.grid[1]), self.visible)
-        predicted = self.decode(encoder(images, keep=keep), keep, hidden).float()
-        patches = patchify(images, encoder.patch)
-        if self.config.normalize_patches:  # the patch's own mean and variance are given back, as in the paper's figures
-            true = take(patches, hidden)
-            predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
-        index = hidden[..., None].expand_as(predicted)
-        seen = patches.scatter(1, index, torch.zeros_like(predicted))
-        rebuilt = patches.scatter(1, index, predicted)
-        shown = {"augmented view": patches, "what the encoder sees": seen, "reconstruction": rebuilt}
-        return {name: unpatchify(value, encoder.patch, encoder.grid) for name, value in shown.items()}
-
-
-def random_masking(draws: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-    """Patches sorted by a random number each (B, N): the first `visible` are kept (B, K), the others hidden (B, N - K)."""
-    order = draws.argsort(dim=1)
-    return order[:, :visible], order[:, visible:]
+        images, (keep, hidden) = batch.views[0], self.mask(batch)
+        predicted = self.decode(self.encoder(images, keep=keep), keep, hidden).float().chunk(self.targets, dim=-1)[0]
+        patches = patchify(images, self.encoder.patch)
+        seen = torch.zeros_like(patches).scatter(
+            1, keep[..., None].expand(-1, -1, patches.shape[-1]), take(patches, keep)
+        )
+        return {
+            "augmented view": images,
+            "what the encoder sees": unpatchify(seen, self.encoder.patch, self.encoder.grid),
+            "reconstruction": self.in_place(predicted, images, hidden),
+        }

@@ -1,0 +1,70 @@
+"""Collapse: features that no longer tell one image from another. It can look like a loss that falls nicely."""
+
+from collections import Counter
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+
+from selfsight import console
+from selfsight.errors import NumericError
+from selfsight.eval.health import rankme
+from selfsight.objectives.base import Loss
+
+EVERY = 10  # steps between looks
+ROWS = 256  # images that are looked at
+FLAT = 0.02  # std below which vectors are all the same: a mean cosine above 0.9996
+PATIENCE = 5  # looks in a row before the alarm
+
+
+class CollapseWatch:
+    """Looks at the vectors that an objective wants watched, and says when they are all the same.
+
+    Args:
+        stop: raise at the alarm, instead of a warning.
+    """
+
+    def __init__(self, stop: bool) -> None:
+        self.stop = stop
+        self.flat: Counter[str] = Counter()
+        self.told: set[str] = set()
+
+    def __call__(self, step: int, loss: Loss, accelerator: Accelerator) -> dict[str, float]:
+        """Fields for metrics.jsonl: std, cosine and rank of each of the objective's watched vectors, mean over ranks.
+
+        Raises:
+            NumericError: collapse, on every rank at the same step, if the watch is told to stop.
+        """
+        line: dict[str, float] = {}
+        for name, vectors in loss.watched.items():
+            found = {key: accelerator.reduce(value, "mean").item() for key, value in spread(vectors).items()}
+            line |= {f"watch/{name}/{key}": round(value, 5) for key, value in found.items()}
+            self.flat[name] = self.flat[name] + 1 if found["std"] < FLAT else 0
+            if self.flat[name] >= PATIENCE and name not in self.told:
+                self.told.add(name)
+                message = (
+                    f"step {step}: collapse: the {name} vectors of different images are the same (std {found['std']:.4f}, "
+                    f"mean cosine {found['cosine']:.4f}, rank {found['rank']:.1f}) and have been for {PATIENCE} looks; a lower "
+                    "optim.lr, a larger batch, or the objective's own defaults usually help"
+                )
+                if self.stop:
+                    raise NumericError(f"{message} (train.on_collapse: stop)")
+                if accelerator.is_main_process:
+                    console.say(f"warning: {message}")
+        return line
+
+
+@torch.no_grad()
+def spread(vectors: Tensor) -> dict[str, Tensor]:
+    """How different the vectors (B, D) of a batch are, by direction.
+
+    Returns:
+        std: root mean square over dimensions of the unit vectors' standard deviation, times the root of D: 1 where they
+            point everywhere, 0 where all are the same. cosine: mean over pairs. rank: RankMe.
+    """
+    unit = F.normalize(vectors[:ROWS].float(), dim=-1)
+    count, mean = len(unit), unit.mean(0)
+    std = (unit - mean).square().sum(1).mean().sqrt()
+    cosine = (mean.square().sum() * count - 1) / max(1, count - 1)
+    return {"std": std, "cosine": cosine, "rank": vectors.new_tensor(rankme(unit), dtype=torch.float32)}

@@ -1,0 +1,52 @@
+"""data2vec for images (Baevski et al. 2022, arXiv 2202.03555): predict what an average teacher has for masked patches.
+
+The teacher sees the whole image, the student one with mask tokens. The target is the teacher's last block, normalised
+token by token, where the paper averages the last six; squares are masked at random, where the paper masks blocks.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selfsight.data.loader import Batch
+from selfsight.encoder import Encoder
+from selfsight.errors import UsageError
+from selfsight.objectives.base import EMATaught, Loss
+from selfsight.objectives.configs import Data2VecConfig
+from selfsight.objectives.masks import cells_of, enlarge, mask_lowest
+
+
+class Data2Vec(EMATaught):
+    """Masked prediction in the space of features."""
+
+    config: Data2VecConfig
+
+    def __init__(self, encoder: Encoder, config: Data2VecConfig) -> None:
+        super().__init__(encoder, config)
+        if not encoder.plain:
+            raise UsageError(
+                f"encoder.name: {encoder.config.name} cannot mask patches one by one; choose a vit_* model"
+            )
+        self.views = (config.view,)
+        self.side, self.masked = cells_of(encoder, config.mask_size, config.mask_ratio)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(encoder.width), std=0.02))
+        self.predict = nn.Linear(encoder.width, encoder.width)
+
+    def forward(self, batch: Batch) -> Loss:
+        """Smooth L1 over masked patches (equation 2)."""
+        images = batch.views[0]
+        cells = mask_lowest(batch.uniform("mask", self.side**2), self.masked).view(-1, self.side, self.side)
+        mask = enlarge(cells, self.config.mask_size // self.encoder.patch).flatten(1)
+        with torch.no_grad():
+            target = self.teacher(images).patches.float()
+            target = F.layer_norm(target, target.shape[-1:])
+        tokens = self.encoder(images, mask=mask, mask_token=self.mask_token, draw=batch.uniform)
+        loss = smooth_l1(self.predict(tokens.patches).float(), target, mask, self.config.beta)
+        floor = smooth_l1(torch.zeros_like(target), target, mask, self.config.beta)
+        return Loss(loss, {"floor": floor}, {"teacher": target.mean(1)})
+
+
+def smooth_l1(predicted: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Mean over the masked tokens' dimensions: predicted and target (B, N, D), mask (B, N)."""
+    errors = F.smooth_l1_loss(predicted, target, reduction="none", beta=beta).mean(-1)
+    return (errors * mask).sum() / mask.sum()

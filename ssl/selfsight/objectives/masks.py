@@ -1,0 +1,46 @@
+"""Which patches are hidden, from one random number for each."""
+
+from math import ceil
+
+from torch import Tensor
+
+from selfsight.encoder import Encoder
+from selfsight.errors import UsageError
+
+
+def random_masking(draws: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    """Patches sorted by a random number each (B, N): the first `visible` are kept (B, K), the others hidden (B, N - K)."""
+    order = draws.argsort(dim=1)
+    return order[:, :visible], order[:, visible:]
+
+
+def mask_lowest(draws: Tensor, count: Tensor | int) -> Tensor:
+    """(B, N) bool: the `count` patches (a number, or (B, 1)) of each image with the lowest numbers (B, N) are masked."""
+    return draws.argsort(dim=1).argsort(dim=1) < count
+
+
+def enlarge(mask: Tensor, factor: int) -> Tensor:
+    """(B, H, W) -> (B, factor H, factor W): every cell becomes a square."""
+    return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def cells_of(encoder: Encoder, size: int, ratio: float) -> tuple[int, int]:
+    """Squares of `size` pixels along a side of the image, and how many of all are masked (rounded up, as in SimMIM's code).
+
+    Raises:
+        UsageError: squares that do not fit patch or image, or a ratio that leaves nothing masked or nothing visible.
+    """
+    image = encoder.preprocessing.image_size
+    if size % encoder.patch or image % size:
+        raise UsageError(
+            f"objective.mask_size: {size} must be a multiple of the patch of {encoder.patch} pixels and a divisor of the "
+            f"image's {image}"
+        )
+    side = image // size
+    masked = ceil(side * side * ratio)
+    if not 0 < masked < side * side:
+        raise UsageError(
+            f"objective.mask_ratio: {ratio} of {side * side} squares of {size} pixels masks {masked}; "
+            "at least one must be masked and one visible"
+        )
+    return side, masked

@@ -1,0 +1,63 @@
+"""What images are compared by, beyond differences of pixels."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selfsight.encoder import Preprocessing
+
+WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian window
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, from fine to coarse
+_C1, _C2 = 0.01**2, 0.03**2  # for pixels in 0..1
+
+
+def gradient_magnitude(images: Tensor) -> Tensor:
+    """Length of the Sobel gradient of every channel: (B, C, H, W), borders repeated."""
+    smooth, slope = images.new_tensor((1.0, 2.0, 1.0)) / 4, images.new_tensor((-1.0, 0.0, 1.0)) / 2
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
+    kernels = torch.stack([smooth[:, None] * slope, slope[:, None] * smooth])[:, None]
+    across, down = F.conv2d(padded, kernels).unbind(1)
+    return (across.square() + down.square() + 1e-12).sqrt().view_as(images)
+
+
+def ms_ssim(a: Tensor, b: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Mean multi-scale structural similarity (Wang et al. 2003) of normalised images (B, C, H, W), compared in 0..1.
+
+    Images too small for five scales of an 11-pixel window are compared at as many as fit, their exponents scaled to the
+    same sum of 1; an image smaller than the window with a window of its size.
+    """
+    mean, std = preprocessing.statistics(a.device)
+    a, b = a * std + mean, b * std + mean
+    window = min(WINDOW, min(a.shape[-2:]))
+    scales = 1
+    while scales < len(SCALES) and min(a.shape[-2:]) // 2**scales >= window:
+        scales += 1
+    exponents = torch.tensor(SCALES[:scales], device=a.device)
+    exponents = exponents / exponents.sum()
+    values = []
+    for scale in range(scales):
+        luminance, structure = _ssim(a, b, window)
+        last = scale == scales - 1
+        values.append(F.relu(luminance * structure if last else structure).mean((2, 3)))
+        if not last:
+            a, b = (F.avg_pool2d(x, 2) for x in (a, b))
+    # A similarity of 0 has no finite gradient under a power below 1.
+    stacked = torch.stack(values, dim=-1).clamp(min=1e-6)
+    return (stacked**exponents).prod(-1).mean()
+
+
+def _ssim(a: Tensor, b: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The maps of luminance and of contrast x structure, over windows that lie inside the image."""
+    places = torch.arange(size, device=a.device, dtype=a.dtype) - (size - 1) / 2
+    window = (-0.5 * (places / SIGMA).square()).exp()
+    window = window / window.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        x = F.conv2d(x, window.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        return F.conv2d(x, window.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+    mean_a, mean_b = blur(a), blur(b)
+    variances = blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2
+    luminance = (2 * mean_a * mean_b + _C1) / (mean_a**2 + mean_b**2 + _C1)
+    return luminance, (2 * (blur(a * b) - mean_a * mean_b) + _C2) / (variances + _C2)

@@ -1,0 +1,191 @@
+"""A frozen teacher, and the files in which its outputs are stored.
+
+teacher.json      whose outputs they are, of which data and augmentation
+NAME.npy          float16 (rows, ...), row = augmentation * samples + sample; NAME is embedding, patches or probabilities
+classes.npy       int32 (rows, K), the classes that `probabilities` belong to
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selfsight.encoder import Encoder, Preprocessing
+from selfsight.errors import NumericError, UsageError
+from selfsight.objectives.configs import DistillConfig
+from selfsight.recipe import packaged
+from selfsight.run_folder import differences
+
+Outputs = dict[str, Tensor]
+_TYPES = {"classes": np.int32}
+
+
+class Teacher(nn.Module):
+    """An encoder that is not trained, with its own idea of an input, and a classifier if it has one."""
+
+    def __init__(self, encoder: Encoder, config: DistillConfig, classifier: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.encoder, self.classifier, self.config = encoder, classifier, config
+        self.widths = {"embedding": encoder.feature_width, "patches": encoder.width}
+        if classifier is not None:
+            self.widths["classes"] = classifier.out_features
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, made: Preprocessing) -> Outputs:
+        """What a student of `config` learns from, of images (B, C, S, S) that were made for the student.
+
+        Returns:
+            Of embedding (B, D), patches (B, N, D), and the largest probabilities (B, K) with their classes (B, K).
+        """
+        images = self.as_input(images, made)
+        outputs: Outputs = {}
+        if self.config.embedding or self.config.similarity:
+            outputs["embedding"] = self.encoder.embed(images).float()
+        if self.config.patches:
+            outputs["patches"] = self.encoder(images).patches.float()
+        if self.classifier is not None:
+            logits = self.classifier(self.encoder.embed(images, "head")).float()
+            found = F.softmax(logits / self.config.temperature, dim=-1).topk(self.config.top_k or logits.shape[1])
+            outputs |= {"probabilities": found.values, "classes": found.indices}
+        return outputs
+
+    def as_input(self, images: Tensor, made: Preprocessing) -> Tensor:
+        """The student's images as the teacher wants them: its size, channels and normalisation."""
+        own = self.encoder.preprocessing
+        mean, std = made.statistics(images.device)
+        images = images * std + mean
+        if own.channels == 3 and made.channels == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if own.image_size != images.shape[-1]:
+            images = F.interpolate(images, (own.image_size, own.image_size), mode="bicubic", antialias=True)
+        mean, std = own.statistics(images.device)
+        return (images - mean) / std
+
+
+def load_teacher(config: DistillConfig, made: Preprocessing) -> Teacher:
+    """The teacher of a recipe, ready for images that are made for its student.
+
+    Raises:
+        UsageError: nothing of the kind, no classifier where one is needed, other channels, or patch tokens without a grid.
+    """
+    from selfsight.export import load_encoder
+
+    shipped = packaged() / config.teacher
+    source = str(shipped) if not Path(config.teacher).exists() and shipped.is_dir() else config.teacher
+    encoder = load_encoder(source)
+    own = encoder.preprocessing
+    if own.channels != made.channels and (own.channels, made.channels) != (3, 1):
+        raise UsageError(f"objective.teacher: {source} takes {own.channels} channels, the student {made.channels}")
+    if config.patches:
+        with torch.no_grad():
+            tokens = encoder(torch.zeros(1, own.channels, own.image_size, own.image_size)).patches.shape[1]
+        square(tokens, source)
+    return Teacher(encoder, config, _classifier(source) if config.logits else None)
+
+
+def square(tokens: int, whose: str) -> int:
+    """Side of a square grid of patch tokens.
+
+    Raises:
+        UsageError: they are no square grid, so that the other's cannot be matched.
+    """
+    side = isqrt(tokens)
+    if side * side != tokens or side < 2:
+        raise UsageError(
+            f"objective.patches: the {tokens} patch tokens of {whose} are no grid that another can be matched to"
+        )
+    return side
+
+
+def _classifier(source: str) -> nn.Linear:
+    """The last layer of a timm model, by name or in a folder.
+
+    Raises:
+        UsageError: it has none, as our own exports have none.
+    """
+    local = (Path(source) / "config.json").is_file()
+    if local or timm.is_model(source.split(".")[0]):
+        model: Any = timm.create_model(f"local-dir:{Path(source).resolve()}" if local else source, pretrained=True)
+        classifier: nn.Module = model.get_classifier()
+        if isinstance(classifier, nn.Linear):
+            return classifier
+    raise UsageError(f"objective.logits: {source} has no classifier; distil its embedding, patches or similarity")
+
+
+class StoredTeacher:
+    """A teacher's outputs by row."""
+
+    def __init__(self, folder: Path, config: DistillConfig) -> None:
+        self.folder = folder
+        try:
+            manifest = json.loads((folder / "teacher.json").read_text())
+            self.of: dict[str, Any] = manifest["of"]
+            self.widths: dict[str, int] = manifest["widths"]
+            self.arrays = {
+                name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in manifest["outputs"]
+            }
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"objective.stored: {folder}: holds no stored teacher ({error}); `selfsight teacher RECIPE` writes it"
+            ) from None
+        needs = {"embedding": "embedding", "similarity": "embedding", "patches": "patches", "logits": "probabilities"}
+        for weight, output in needs.items():
+            if getattr(config, weight) and output not in self.arrays:
+                raise UsageError(f"objective.{weight}: {folder}: holds {', '.join(self.arrays)}, no {output}")
+
+    def __call__(self, rows: Tensor, device: torch.device) -> Outputs:
+        """The outputs at rows (B,)."""
+        found = {name: torch.from_numpy(array[rows.numpy()]) for name, array in self.arrays.items()}
+        return {
+            name: value.to(device, torch.long if name == "classes" else torch.float32, non_blocking=True)
+            for name, value in found.items()
+        }
+
+    def require(self, wanted: dict[str, Any]) -> None:
+        """Raise UsageError, naming every difference, if the outputs are of other data, augmentation or teacher."""
+        if other := differences(self.of, wanted):
+            raise UsageError(
+                f"objective.stored: {self.folder}: holds outputs for another recipe: {'; '.join(other)}\n"
+                "write them again with `selfsight teacher RECIPE`, or give the recipe as it was"
+            )
+
+
+def write_outputs(
+    folder: Path, of: dict[str, Any], widths: dict[str, int], rows: int, outputs: Iterable[Outputs]
+) -> None:
+    """Store outputs, which come batch by batch in the order of their rows; the folder appears when it is whole.
+
+    Args:
+        of: what they are the outputs of; compared when they are used.
+
+    Raises:
+        NumericError: outputs that are not finite, or too large for float16.
+    """
+    draft = folder.with_name(f".draft-{folder.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    arrays: dict[str, Any] = {}
+    first = 0
+    for made in outputs:
+        for name, value in made.items():
+            stored = value.cpu().numpy().astype(_TYPES.get(name, np.float16))
+            if not np.isfinite(stored).all():
+                raise NumericError(f"the teacher's {name} are not finite in float16 (row {first:,})")
+            if name not in arrays:
+                shape = (rows, *stored.shape[1:])
+                arrays[name] = np.lib.format.open_memmap(draft / f"{name}.npy", "w+", stored.dtype, shape)
+            arrays[name][first : first + len(stored)] = stored
+        first += len(next(iter(made.values())))
+    for array in arrays.values():
+        array.flush()
+    (draft / "teacher.json").write_text(json.dumps({"of": of, "widths": widths, "outputs": sorted(arrays)}, indent=1))
+    draft.rename(folder)

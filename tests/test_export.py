@@ -159,5 +159,5 @@ def test_what_is_no_encoder_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds neither an export"):
         load_encoder(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="was not written by selfsight"):
+    with pytest.raises(UsageError, match="neither selfsight's nor timm's"):
         load_encoder(tmp_path)

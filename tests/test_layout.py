@@ -13,7 +13,8 @@ from conftest import ROOT
 
 import selfsight
 from selfsight import cli, fields
-from selfsight.recipe import field_names, packaged_recipes
+from selfsight.recipe import packaged_recipes
+from selfsight.section import field_names
 
 
 def test_ssl_at_the_root_is_pythons() -> None:
@@ -106,9 +107,9 @@ def test_the_knobs_are_these() -> None:
         "encoder.name", "encoder.image_size", "encoder.channels", "encoder.patch", "encoder.width", "encoder.depth",
         "encoder.heads", "encoder.class_token", "encoder.registers", "encoder.drop_path", "encoder.positions", "encoder.init",
         "encoder.weights", "encoder.pool",
-        "optim.lr", "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.betas", "optim.layer_decay", "optim.clip",
+        "optim.lr", "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.weight_decay_end", "optim.betas", "optim.layer_decay", "optim.clip",
         "train.epochs", "train.steps", "train.batch_size", "train.accumulate", "train.precision", "train.device",
-        "train.compile", "train.checkpoint_blocks", "train.workers", "train.threads", "train.ema", "train.log_every", "train.save_every", "train.keep",
+        "train.compile", "train.checkpoint_blocks", "train.workers", "train.threads", "train.ema", "train.on_collapse", "train.log_every", "train.save_every", "train.keep",
         "eval.train", "eval.test", "eval.every", "eval.k", "eval.online_samples",
     }  # fmt: skip
 

@@ -31,7 +31,7 @@ from selfsight.recipe import DataConfig, EncoderConfig
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Draw = Callable[[str, int], Tensor]
 # Our name -> what the model classes of timm call it.
-_OPTIONS = {
+OPTIONS = {
     "image_size": ("img_size",),
     "patch": ("patch_size",),
     "width": ("embed_dim",),
@@ -136,8 +136,9 @@ class Encoder(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList | nn.Sequential:
-        """The transformer blocks."""
-        return self.backbone.blocks
+        """The transformer blocks, or the stages of a hierarchical backbone."""
+        names = ("blocks", "layers", "stages")
+        return next(getattr(self.backbone, name) for name in names if hasattr(self.backbone, name))
 
     def forward(
         self,
@@ -176,7 +177,7 @@ class Encoder(nn.Module):
         for depth, block in enumerate(self.blocks):
             extra: dict[str, Any] = {} if rope is None else {"rope": rope[depth] if self.backbone.rope_mixed else rope}
             if self.checkpoint_blocks and self.training:
-                x = checkpoint(block, x, use_reentrant=False, **extra)
+                x = checkpoint(_with_its_draws(block), x, use_reentrant=False, **extra)
             else:
                 x = block(x, **extra)
         x = self.backbone.norm(x)
@@ -286,6 +287,18 @@ class KeyedDropPath(nn.Module):
         return x * scale.view(-1, *[1] * (x.ndim - 1))
 
 
+def _with_its_draws(block: nn.Module) -> Callable[..., Tensor]:
+    """A block that can be run again in the backward pass, when another view may have drawn anew for its drop paths."""
+    drawn = [(module, module.kept) for module in block.modules() if isinstance(module, KeyedDropPath)]
+
+    def run(x: Tensor, **extra: Any) -> Tensor:
+        for module, kept in drawn:
+            module.kept = kept
+        return block(x, **extra)
+
+    return run
+
+
 def pool_tokens(tokens: Tokens, pool: str) -> Tensor:
     """The feature of an image from its tokens: "cls" (B, D), "mean" of the patches (B, D), or both (B, 2 D)."""
     parts = {"cls": lambda: tokens.prefix[:, 0], "mean": lambda: tokens.patches.mean(1)}
@@ -349,7 +362,7 @@ def _model_options(config: EncoderConfig) -> dict[str, Any]:
         _check_dimensions(skeleton, config)
     accepted = inspect.signature(type(skeleton).__init__).parameters
     options: dict[str, Any] = {"in_chans": config.channels}
-    for field, spellings in _OPTIONS.items():
+    for field, spellings in OPTIONS.items():
         value = getattr(config, field)
         spelling = next((name for name in spellings if name in accepted), None)
         if value is not None and spelling:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
 from selfsight import checkpoint
-from selfsight.encoder import Encoder, Preprocessing, build_encoder, preprocessing_of
+from selfsight.encoder import OPTIONS, Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.weights import load_weights
@@ -167,12 +167,17 @@ def load_encoder(source: str | Path) -> Encoder:
 
 def _from_export(path: Path) -> Encoder:
     try:
-        ours = json.loads((path / "config.json").read_text())["selfsight"]
+        written = json.loads((path / "config.json").read_text())
+        if "selfsight" not in written:
+            return _as_timm(
+                written["architecture"], written["pretrained_cfg"], written.get("model_args", {}), str(path)
+            )
+        ours = written["selfsight"]
         config = EncoderConfig.model_validate(ours["encoder"])
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in ours["preprocessing"].items()}
         made = Preprocessing(**fields)
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
-        raise UsageError(f"{path}: config.json was not written by selfsight; name the timm model instead") from None
+        raise UsageError(f"{path}: config.json is neither selfsight's nor timm's") from None
     encoder = build_encoder(config, made, seed=0)
     load_weights(encoder, str(path), config.name)
     return encoder.eval()
@@ -201,18 +206,25 @@ def _from_timm(name: str) -> Encoder:
         known = None
     if known is None or not known.has_weights:
         raise UsageError(f"{name}: timm has no pretrained weights under this name")
-    channels, size, _ = known.input_size
-    config = EncoderConfig(
-        name=name.split(".")[0],
-        image_size=size,
-        channels=channels,
-        positions="learned",
-        init="timm",
-        pool="head",
-        weights=name,
-    )
-    interpolation = known.interpolation if known.interpolation in {"bicubic", "bilinear"} else "bicubic"
-    made = Preprocessing(size, channels, tuple(known.mean), tuple(known.std), interpolation, known.crop_pct)
+    return _as_timm(name.split(".")[0], known.to_dict(), {}, name)
+
+
+def _as_timm(architecture: str, known: dict[str, Any], arguments: dict[str, Any], weights: str) -> Encoder:
+    """A timm model as timm describes it: its `pretrained_cfg` and the arguments that it was created with."""
+    ours = {spelling: field for field, spellings in OPTIONS.items() for spelling in spellings}
+    # A square is written as two equal sides.
+    arguments = {k: v[0] if isinstance(v, list) and len(set(v)) == 1 else v for k, v in arguments.items()}
+    changed = {ours[name]: value for name, value in arguments.items() if name in ours}
+    if other := set(arguments) - set(ours) - {"num_classes", "in_chans", "global_pool", "pretrained"}:
+        raise UsageError(
+            f"{weights}: was made with options of timm that have no field here: {', '.join(sorted(other))}"
+        )
+    channels, size, _ = known["input_size"]
+    fields = {"name": architecture, "image_size": size, "channels": channels} | changed
+    config = EncoderConfig(**fields, positions="learned", init="timm", pool="head", weights=weights)
+    interpolation = known["interpolation"] if known["interpolation"] in {"bicubic", "bilinear"} else "bicubic"
+    statistics = tuple(known["mean"]), tuple(known["std"])
+    made = Preprocessing(config.image_size, channels, *statistics, interpolation, known["crop_pct"])
     encoder = build_encoder(config, made, seed=0)
-    load_weights(encoder, name, config.name)
+    load_weights(encoder, weights, config.name)
     return encoder.eval()

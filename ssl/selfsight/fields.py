@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from selfsight.objectives import OBJECTIVES
-from selfsight.recipe import Recipe, field_names
+from selfsight.recipe import Recipe
+from selfsight.section import field_names
 
 _INDENT = 6
 
@@ -31,7 +32,7 @@ def json_schema() -> dict[str, Any]:
         own = fields.model_json_schema(ref_template="#/$defs/{model}")
         schema["$defs"] |= own.pop("$defs", {}) | {fields.__name__: own}
         kinds.append({"$ref": f"#/$defs/{fields.__name__}"})
-    schema["properties"]["objective"] = {"anyOf": kinds}
+    schema["properties"]["objective"] = schema["$defs"]["JointPart"]["properties"]["objective"] = {"anyOf": kinds}
     schema["properties"]["base"] = {
         "type": "string",
         "description": "A recipe beside this one whose fields are the defaults.",

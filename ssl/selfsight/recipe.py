@@ -3,19 +3,19 @@
 recipe = load("recipes/digits/mae.yaml", {"optim.lr": "1e-3"})
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 import selfsight
 from selfsight import plainyaml
 from selfsight.errors import UsageError
 from selfsight.objectives import config_type, parse_objective
 from selfsight.objectives.configs import ObjectiveConfig
-from selfsight.section import Section
+from selfsight.section import Section, explain, field_names
 
 MAX_BASES = 8
 
@@ -236,42 +236,15 @@ def validate(tree: dict[str, Any], where: str) -> Recipe:
         except UsageError as error:
             problems.append(f"objective.name: {error}")
         except ValidationError as error:
-            problems += _explain(error, "objective.", config_type(objective.get("name")))
+            problems += explain(error, "objective.", config_type(objective.get("name")))
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems += [line for line in _explain(error, "", Recipe) if not line.startswith("objective") or not problems]
+        problems += [line for line in explain(error, "", Recipe) if not line.startswith("objective") or not problems]
         raise UsageError("\n".join(f"{where}: {line}" for line in problems)) from None
     if problems:
         raise UsageError("\n".join(f"{where}: {line}" for line in problems))
     return recipe
-
-
-def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field below a model, as (dotted name, pydantic's field)."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and name != "objective":
-            yield from field_names(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-def _explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> Iterator[str]:
-    for problem in error.errors():
-        name = prefix + ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = [prefix + field for field, _ in field_names(model)]
-            known += ["objective." + field for field, _ in field_names(ObjectiveConfig)] if not prefix else []
-            near = get_close_matches(name, known, 3, 0.6) or [
-                k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]
-            ]
-            yield f"{name}: no such field" + (f"; did you mean {' or '.join(near)}?" if near else "")
-        elif problem["type"] == "missing":
-            yield f"{name}: is missing"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            value = problem["input"] if isinstance(problem["input"], str | int | float | bool | list | None) else None
-            yield f"{name or 'recipe'}: {message}" + (f", not {value!r}" if value is not None else "")
 
 
 def _with_bases(path: Path, above: list[Path]) -> dict[str, Any]:

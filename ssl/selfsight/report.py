@@ -31,14 +31,15 @@ FLOORS = {
     "pixels": "no encoder: raw pixels",
     "majority": "always the commonest class",
 }
-# Title, fields of metrics.jsonl, unit, what to look for.
-_CURVES = (
-    (
-        "Loss",
-        ("loss", "loss/floor"),
-        "",
-        "Below the dashed floor, the model predicts better than one that has learned nothing.",
-    ),
+Curve = tuple[str, tuple[str, ...], str, str]  # title, fields of metrics.jsonl, unit, what to look for
+_BELOW = "Below the dashed floor, the model predicts better than one that has learned nothing."
+_LOSS: Curve = ("Loss", ("loss", "loss/floor"), "", _BELOW)
+_TERMS = {
+    "accuracy": "Share of right answers.",
+    "teacher_entropy": "Nats; how undecided the teacher is about an image. Near 0 or near log(outputs) for long: collapse.",
+    "teacher_mean_entropy": "Nats, of the mean over images: a fall to 0 means one answer to all.",
+}
+_CURVES: tuple[Curve, ...] = (
     ("Online kNN", ("knn",), " %", "On a held-out tenth of the labelled training set; the test set is not touched."),
     ("RankMe", ("rankme",), "", "Dimensions in use. A fall towards 1 is collapse."),
     ("Learning rate", ("lr",), "", "Warmup, then half a cosine."),
@@ -81,12 +82,12 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
 
 def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
     charts = []
-    for title, fields, unit, hint in _CURVES:
+    for title, fields, unit, hint in (_LOSS, *_own_curves(lines), *_CURVES):
         series = [
             Series(
                 field.rpartition("/")[2],
                 [(line["step"], line[field]) for line in lines if field in line],
-                field == "loss/floor",
+                field.endswith("floor"),
             )
             for field in fields
         ]
@@ -94,6 +95,24 @@ def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
             last = next(s.points[-1][1] for s in series if s.points)
             charts.append({"title": title, "svg": drawn, "hint": hint, "last": f"{last:.4g}{unit}"})
     return charts
+
+
+def _own_curves(lines: list[dict[str, Any]]) -> list[Curve]:
+    """The objective's terms, each with its own floor if it has one, and the vectors that are watched for collapse."""
+    fields = list(dict.fromkeys(field for line in lines for field in line))
+    terms = [field for field in fields if field.startswith("loss/") and not field.endswith("floor")]
+    watched = dict.fromkeys(field.rpartition("/")[0] for field in fields if field.startswith("watch/"))
+    curves: list[Curve] = []
+    for field in terms:
+        floored = f"{field}/floor" in fields
+        hint = _TERMS.get(field.rpartition("/")[2], _BELOW if floored else "A term of the loss.")
+        curves.append((field.removeprefix("loss/"), (field, f"{field}/floor"), "", hint))
+    for name in watched:
+        what = name.removeprefix("watch/")
+        hint = "std: 1 where vectors of different images point everywhere, 0 where all are the same."
+        curves.append((f"Spread of {what}", (f"{name}/std", f"{name}/cosine"), "", hint))
+        curves.append((f"RankMe of {what}", (f"{name}/rank",), "", "Dimensions in use by a batch."))
+    return curves
 
 
 @torch.no_grad()

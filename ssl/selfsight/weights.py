@@ -30,8 +30,11 @@ def load_weights(encoder: Encoder, source: str, architecture: str) -> list[str]:
         UsageError: no such file, or tensors that are missing, unexpected or of another shape; all are named.
     """
     found, lines, wanted = _read(source, architecture), [], encoder.backbone.state_dict()
-    for what, start in (("classifier", "head."), ("attention pool", "attn_pool.")):
-        dropped = sorted(name for name in found if name.startswith(start) and name not in wanted)
+    classifiers = encoder.backbone.pretrained_cfg.get("classifier") or "head"
+    heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    for what, modules in (("classifier", heads), ("attention pool", ("attn_pool",))):
+        starts = tuple(f"{module}." for module in modules)
+        dropped = sorted(name for name in found if name.startswith(starts) and name not in wanted)
         if dropped:
             lines.append(f"{what} left out: {', '.join(dropped)}")
         found = {name: tensor for name, tensor in found.items() if name not in dropped}

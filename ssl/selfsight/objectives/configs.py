@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from selfsight.data.views import View
-from selfsight.section import Section
+from selfsight.errors import UsageError
+from selfsight.section import Section, explain
 
 # The augmentations of joint embedding (SimCLR's, with the strengths of BYOL, DINO and VICReg); colour goes with three channels.
 _STRONG: dict[str, Any] = {"crop_scale": (0.2, 1.0), "jitter": 0.8, "grayscale": 0.2, "blur": 0.5}
@@ -202,9 +203,16 @@ class Data2VecConfig(EMATeacherConfig):
 
 def _named(tree: Any) -> Any:
     """The typed fields of an objective inside another."""
-    from selfsight.objectives import parse_objective
+    from selfsight.objectives import config_type, parse_objective
 
-    return parse_objective(tree) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict):
+        return tree
+    try:
+        return parse_objective(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(explain(error, "", config_type(tree.get("name"))))) from None
+    except UsageError as error:
+        raise ValueError(str(error)) from None
 
 
 class JointPart(Section):

@@ -6,14 +6,14 @@ features = encoder.embed(images)         # the one function that turns images in
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, NamedTuple
 
 import timm
 import torch
 from einops import rearrange
-from timm.layers.drop import DropPath
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.eva import Eva
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from selfsight.drop_path import Draw, draw_drop_paths, key_drop_paths, with_its_draws
 from selfsight.errors import UsageError
 from selfsight.positions import sincos
 from selfsight.recipe import DataConfig, EncoderConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Draw = Callable[[str, int], Tensor]
 # Our name -> what the model classes of timm call it.
 OPTIONS = {
     "image_size": ("img_size",),
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         self.plain = type(backbone) in (VisionTransformer, Eva) and _plain_stem(self.backbone.patch_embed)
         self.hierarchical = type(backbone) in (SwinTransformer, SwinTransformerV2)
         self.width: int = self.backbone.num_features
-        self._drop_paths = _keyed_drop_paths(backbone)
+        self._drop_paths = key_drop_paths(backbone)
         if "cls" in self.pool and not self.has_class_token:
             raise UsageError(f"encoder.pool: {self.pool}: this model has no class token; use mean or head")
 
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
         Raises:
             UsageError: `keep`, `mask` or `any_size` with a backbone that is not made for it, or images of another size.
         """
-        self._draw_drop_paths(len(images), images.device, draw)
+        self._draw_drop_paths(images, draw)
         if not self.plain:
             if keep is not None or (mask is not None and not self.hierarchical):
                 raise UsageError(f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model")
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         for depth, block in enumerate(self.blocks):
             extra: dict[str, Any] = {} if rope is None else {"rope": rope[depth] if self.backbone.rope_mixed else rope}
             if self.checkpoint_blocks and self.training:
-                x = checkpoint(_with_its_draws(block), x, use_reentrant=False, **extra)
+                x = checkpoint(with_its_draws(block), x, use_reentrant=False, **extra)
             else:
                 x = block(x, **extra)
         x = self.backbone.norm(x)
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
         """`embed` for several pools from one forward pass."""
         features: dict[str, Tensor] = {}
         if "head" in pools:
-            self._draw_drop_paths(len(images), images.device, draw)
+            self._draw_drop_paths(images, draw)
             features["head"] = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
         if others := [pool for pool in pools if pool != "head"]:
             tokens = self(images, draw=draw)
@@ -262,41 +262,9 @@ class Encoder(nn.Module):
             x = rearrange(x, "b h w d -> b (h w) d" if channels_last else "b d h w -> b (h w) d")
         return Tokens(x[:, : self.prefix_tokens], x[:, self.prefix_tokens :])
 
-    def _draw_drop_paths(self, batch: int, device: torch.device, draw: Draw | None) -> None:
-        if not (self.training and self._drop_paths):
-            return
-        count = len(self._drop_paths)
-        draws = draw("drop path", count) if draw else torch.rand(batch, count, device=device)
-        for module, column in zip(self._drop_paths, draws.unbind(1), strict=True):
-            module.kept = column >= module.rate
-
-
-class KeyedDropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016) whose draws are given, not taken from a global generator."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-        self.kept: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zero the residual branch of the dropped samples; scale the others to keep the mean."""
-        if not self.training or self.kept is None:
-            return x
-        scale = self.kept.to(x.dtype) / (1 - self.rate)
-        return x * scale.view(-1, *[1] * (x.ndim - 1))
-
-
-def _with_its_draws(block: nn.Module) -> Callable[..., Tensor]:
-    """A block that can be run again in the backward pass, when another view may have drawn anew for its drop paths."""
-    drawn = [(module, module.kept) for module in block.modules() if isinstance(module, KeyedDropPath)]
-
-    def run(x: Tensor, **extra: Any) -> Tensor:
-        for module, kept in drawn:
-            module.kept = kept
-        return block(x, **extra)
-
-    return run
+    def _draw_drop_paths(self, images: Tensor, draw: Draw | None) -> None:
+        if self.training and self._drop_paths:
+            draw_drop_paths(self._drop_paths, images, draw)
 
 
 def pool_tokens(tokens: Tokens, pool: str) -> Tensor:
@@ -395,6 +363,7 @@ def _check_dimensions(skeleton: Any, config: EncoderConfig) -> None:
         raise UsageError(f"encoder.pool: {config.pool}: this model has no class token; use mean or head")
 
 
+@cache
 def _skeleton(name: str) -> nn.Module:
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), 3, 0.5) or timm.list_models("vit_*_patch16_224")[:3]
@@ -426,17 +395,6 @@ def _fix_positions(backbone: Any) -> None:
 
 def _plain_stem(stem: Any) -> bool:
     return type(stem) is PatchEmbed and isinstance(stem.proj, nn.Conv2d) and stem.proj.groups == 1
-
-
-def _keyed_drop_paths(backbone: nn.Module) -> list[KeyedDropPath]:
-    """Replace timm's stochastic depth modules in place."""
-    made = []
-    for parent in list(backbone.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, DropPath) and child.drop_prob:
-                made.append(KeyedDropPath(float(child.drop_prob)))
-                setattr(parent, name, made[-1])
-    return made
 
 
 def resample_positions(encoder: Encoder, table: Tensor, old_grid: tuple[int, int]) -> Tensor:

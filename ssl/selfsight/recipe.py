@@ -3,6 +3,7 @@
 recipe = load("recipes/digits/mae.yaml", {"optim.lr": "1e-3"})
 """
 
+import copy
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -190,7 +191,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe
     """
     tree = _with_bases(find(path), [])
     textual = {name for name, field in field_names(Recipe) if field.annotation in _TEXTUAL}
-    for name, value in (overrides or {}).items():
+    for name, value in sorted((overrides or {}).items(), key=lambda item: not item[0].endswith("objective.name")):
         literal = not isinstance(value, str) or (name in textual and value != "null" and not value.startswith("["))
         _override(tree, name, value if literal else plainyaml.parse(value, f"--{name}"))
     return validate(tree, str(path))
@@ -278,6 +279,6 @@ def _override(tree: dict[str, Any], name: str, value: Any) -> None:
         if not isinstance(tree.get(section), dict):
             tree[section] = {}
         tree = tree[section]
-    if last == "name" and sections == ["objective"] and tree.get("name") != value:
-        tree.clear()
-    tree[last] = value
+    if last == "name" and sections[-1:] == ["objective"] and tree.get("name") != value:
+        tree.clear()  # another objective has other fields
+    tree[last] = copy.deepcopy(value)

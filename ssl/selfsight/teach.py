@@ -13,7 +13,7 @@ from selfsight.errors import UsageError
 from selfsight.objectives.base import Setting
 from selfsight.objectives.configs import DistillConfig
 from selfsight.objectives.distill import Distill, origin
-from selfsight.objectives.teacher import Outputs, StoredTeacher, Teacher, write_outputs
+from selfsight.objectives.teacher import Outputs, StoredTeacher, Teacher, digest_of, write_outputs
 from selfsight.processes import join, loader_workers
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
@@ -43,8 +43,12 @@ def store_teacher(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | No
     teacher = objective.teacher
     assert isinstance(teacher, Teacher)
     of = origin(config, parts.encoder, Setting(0, parts.shards.id, recipe.seed))
+    about = {"weights": digest_of(teacher), "widths": teacher.widths}
     if folder.exists():
-        StoredTeacher(folder, config).require(of)
+        stored = StoredTeacher(folder, config)
+        stored.require(of)
+        if stored.weights != about["weights"]:
+            raise UsageError(f"objective.stored: {folder}: is of other weights of {config.teacher}; name a new folder")
         console.say(f"{folder}: holds this teacher's outputs already")
         return folder
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
@@ -59,6 +63,6 @@ def store_teacher(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | No
                 bar(len(host.ids))
 
     with torch.no_grad():
-        write_outputs(folder, of, teacher.widths, rows.rows, outputs())
+        write_outputs(folder, of, about, rows.rows, outputs())
     console.say(f"{folder}: {rows.rows:,} rows, {config.augmentations} augmentations of {samples:,} samples")
     return folder

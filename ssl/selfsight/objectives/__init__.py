@@ -48,12 +48,14 @@ def load_plugin(module: str) -> None:
     """
     try:
         found = getattr(import_module(module), "OBJECTIVES", None)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:  # the last two: an empty or a relative name
         raise UsageError(f"--plugin {module}: cannot be imported ({error})") from None
     if not isinstance(found, dict) or not found:
         raise UsageError(f"--plugin {module}: has no OBJECTIVES, a dict of names to classes")
     for name, made in found.items():
         _config_of(name, made, f"--plugin {module}")
+        if _plugins.get(name, made) is not made:
+            raise UsageError(f"--plugin {module}: the name {name} is another plugin's")
     _plugins.update(found)
 
 
@@ -98,7 +100,12 @@ def _find(name: str) -> type["Objective"]:
     if name in OBJECTIVES:
         module, _, attribute = OBJECTIVES[name][1].partition(":")
         return getattr(import_module(module), attribute)
-    return _plugins[name] if name in _plugins else _installed()[name].load()
+    if name in _plugins:
+        return _plugins[name]
+    try:
+        return _installed()[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"objective {name}: its package cannot be imported ({error})") from None
 
 
 def _config_of(name: str, made: Any, where: str) -> type[ObjectiveConfig]:
@@ -110,6 +117,7 @@ def _config_of(name: str, made: Any, where: str) -> type[ObjectiveConfig]:
     if not (isinstance(made, type) and issubclass(made, Objective)):
         raise UsageError(f"{where}: {name} is not a subclass of selfsight.objectives.base.Objective")
     fields = get_type_hints(made)["config"]
-    if fields.model_fields["name"].default != name:
+    typed = isinstance(fields, type) and issubclass(fields, ObjectiveConfig)
+    if not typed or fields.model_fields["name"].default != name:
         raise UsageError(f"{where}: {made.__name__} needs the annotation config: FIELDS, whose name is {name!r}")
     return fields

@@ -89,7 +89,7 @@ class Objective(nn.Module):
     def feature(self, batch: Batch, view: int) -> Tensor:
         """The image's feature (B, D) from a view: what `Encoder.embed` gives, in training."""
         if self.encoder.pool == "head":
-            return self.encoder.embed(batch.views[view], draw=batch.uniform)
+            return self.encoder.embed(batch.views[view], draw=lambda purpose, n: batch.uniform(f"{purpose} {view}", n))
         return pool_tokens(self.tokens(batch, view), self.encoder.pool)
 
 

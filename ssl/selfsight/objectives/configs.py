@@ -144,6 +144,8 @@ class DINOConfig(EMATeacherConfig):
     """Width of the head's hidden layers."""
     head_layers: int = Field(3, ge=1)
     """Linear layers of the head before the prototypes."""
+    head_norm: bool = False
+    """Batch normalisation in the head, over the global batch: small models and sets do not start without it."""
     bottleneck: int = Field(256, ge=1)
     """Width of the vectors that are compared with the prototypes."""
     normalize_prototypes: bool = True
@@ -221,7 +223,7 @@ class JointPart(Section):
     objective: Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_named)]
     """The objective, with its own fields."""
     weight: float | tuple[float, float] = 1.0
-    """Factor on its loss; two values: from the first at the first step, linearly, to the second at the last."""
+    """Factor on its loss; two values: from the first at the start, linearly, to the second at the end."""
 
 
 class JointConfig(ObjectiveConfig):
@@ -229,5 +231,5 @@ class JointConfig(ObjectiveConfig):
 
     name: Literal["joint"] = "joint"
     """Which objective."""
-    parts: dict[str, JointPart] = Field(min_length=1)
-    """The objectives by a name of your own, which is that of their terms in the metrics."""
+    parts: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], JointPart] = Field(min_length=1)
+    """The objectives by a name of your own (letters, digits, - and _), which is that of their terms in the metrics."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from selfsight.data.loader import Batch
 from selfsight.encoder import Encoder, Tokens, pool_tokens
 from selfsight.errors import UsageError
-from selfsight.objectives.across import gather, largest, ranks, total
+from selfsight.objectives.across import GlobalBatchNorm, gather, largest, ranks, total
 from selfsight.objectives.base import EMATaught, Loss, exact, mlp
 from selfsight.objectives.configs import DINOConfig
 from selfsight.objectives.masks import mask_lowest
@@ -156,13 +156,15 @@ class Head(nn.Module):
     def __init__(self, width: int, config: DINOConfig) -> None:
         super().__init__()
         self.normalize = config.normalize_prototypes
-        self.mlp = mlp([width, *[config.head_width] * (config.head_layers - 1), config.bottleneck])
+        widths = [width, *[config.head_width] * (config.head_layers - 1), config.bottleneck]
+        self.mlp = mlp(widths, norm=GlobalBatchNorm if config.head_norm else None)
         self.prototypes = nn.Parameter(torch.empty(config.outputs, config.bottleneck))
         nn.init.kaiming_uniform_(self.prototypes, a=5**0.5)  # torch's own for a linear layer
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
         """Logits in float32."""

@@ -29,6 +29,8 @@ class Joint(Objective):
         self.used: dict[str, tuple[int, ...]] = {}
         views: list[View] = []
         for name, part in config.parts.items():
+            if hasattr(self.parts, name):
+                raise UsageError(f"objective.parts: {name}: torch uses this name; choose another")
             built = build_objective(part.objective, encoder)
             # The joint owns the encoder; a part only refers to it, or every weight would be stored once a part.
             del built._modules["encoder"]

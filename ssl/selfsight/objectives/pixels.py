@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfsight.encoder import Preprocessing
+from selfsight.objectives.base import exact
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian window
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, from fine to coarse
@@ -16,7 +17,8 @@ def gradient_magnitude(images: Tensor) -> Tensor:
     smooth, slope = images.new_tensor((1.0, 2.0, 1.0)) / 4, images.new_tensor((-1.0, 0.0, 1.0)) / 2
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
     kernels = torch.stack([smooth[:, None] * slope, slope[:, None] * smooth])[:, None]
-    across, down = F.conv2d(padded, kernels).unbind(1)
+    with exact(padded):
+        across, down = F.conv2d(padded, kernels).unbind(1)
     return (across.square() + down.square() + 1e-12).sqrt().view_as(images)
 
 
@@ -36,7 +38,8 @@ def ms_ssim(a: Tensor, b: Tensor, preprocessing: Preprocessing) -> Tensor:
     exponents = exponents / exponents.sum()
     values = []
     for scale in range(scales):
-        luminance, structure = _ssim(a, b, window)
+        with exact(a):
+            luminance, structure = _ssim(a, b, window)
         last = scale == scales - 1
         values.append(F.relu(luminance * structure if last else structure).mean((2, 3)))
         if not last:

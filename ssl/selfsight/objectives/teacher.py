@@ -8,6 +8,7 @@ classes.npy       int32 (rows, K), the classes that `probabilities` belong to
 import json
 import shutil
 from collections.abc import Iterable
+from hashlib import sha256
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfsight.encoder import Encoder, Preprocessing
-from selfsight.errors import NumericError, UsageError
+from selfsight.encoder import Encoder, Preprocessing, pool_tokens
+from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.objectives.configs import DistillConfig
 from selfsight.recipe import packaged
 from selfsight.run_folder import differences
 
 Outputs = dict[str, Tensor]
 _TYPES = {"classes": np.int32}
+# Weight of a recipe -> the outputs that it needs.
+_NEEDS = {
+    "embedding": ("embedding",),
+    "similarity": ("embedding",),
+    "patches": ("patches",),
+    "logits": ("probabilities", "classes"),
+}
 
 
 class Teacher(nn.Module):
@@ -37,6 +45,8 @@ class Teacher(nn.Module):
         self.widths = {"embedding": encoder.feature_width, "patches": encoder.width}
         if classifier is not None:
             self.widths["classes"] = classifier.out_features
+            if config.top_k and config.top_k > classifier.out_features:
+                raise UsageError(f"objective.top_k: {config.top_k} of the teacher's {classifier.out_features} classes")
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -48,10 +58,13 @@ class Teacher(nn.Module):
         """
         images = self.as_input(images, made)
         outputs: Outputs = {}
+        tokens = self.encoder(images) if self.config.patches else None
+        if tokens is not None:
+            outputs["patches"] = tokens.patches.float()
         if self.config.embedding or self.config.similarity:
-            outputs["embedding"] = self.encoder.embed(images).float()
-        if self.config.patches:
-            outputs["patches"] = self.encoder(images).patches.float()
+            pooled = tokens is not None and self.encoder.pool != "head"
+            embedding = pool_tokens(tokens, self.encoder.pool) if tokens and pooled else self.encoder.embed(images)
+            outputs["embedding"] = embedding.float()
         if self.classifier is not None:
             logits = self.classifier(self.encoder.embed(images, "head")).float()
             found = F.softmax(logits / self.config.temperature, dim=-1).topk(self.config.top_k or logits.shape[1])
@@ -69,6 +82,15 @@ class Teacher(nn.Module):
             images = F.interpolate(images, (own.image_size, own.image_size), mode="bicubic", antialias=True)
         mean, std = own.statistics(images.device)
         return (images - mean) / std
+
+
+def digest_of(teacher: Teacher) -> str:
+    """A short hash of its weights."""
+    digest = sha256()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_teacher(config: DistillConfig, made: Preprocessing) -> Teacher:
@@ -129,18 +151,21 @@ class StoredTeacher:
         try:
             manifest = json.loads((folder / "teacher.json").read_text())
             self.of: dict[str, Any] = manifest["of"]
+            self.weights: str = manifest["weights"]
             self.widths: dict[str, int] = manifest["widths"]
             self.arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in manifest["outputs"]
             }
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(
-                f"objective.stored: {folder}: holds no stored teacher ({error}); `selfsight teacher RECIPE` writes it"
-            ) from None
-        needs = {"embedding": "embedding", "similarity": "embedding", "patches": "patches", "logits": "probabilities"}
-        for weight, output in needs.items():
-            if getattr(config, weight) and output not in self.arrays:
-                raise UsageError(f"objective.{weight}: {folder}: holds {', '.join(self.arrays)}, no {output}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            advice = "name a new folder" if folder.exists() else "`selfsight teacher RECIPE` writes it"
+            raise UsageError(f"objective.stored: {folder}: holds no stored teacher ({error}); {advice}") from None
+        needed: set[str] = set()
+        for weight, outputs in _NEEDS.items():
+            if getattr(config, weight):
+                needed |= set(outputs)
+                if outputs[0] not in self.arrays:
+                    raise UsageError(f"objective.{weight}: {folder}: holds {', '.join(self.arrays)}, no {outputs[0]}")
+        self.arrays = {name: array for name, array in self.arrays.items() if name in needed}
 
     def __call__(self, rows: Tensor, device: torch.device) -> Outputs:
         """The outputs at rows (B,)."""
@@ -152,7 +177,7 @@ class StoredTeacher:
 
     def require(self, wanted: dict[str, Any]) -> None:
         """Raise UsageError, naming every difference, if the outputs are of other data, augmentation or teacher."""
-        if other := differences(self.of, wanted):
+        if other := differences({key: value for key, value in self.of.items() if key in wanted}, wanted):
             raise UsageError(
                 f"objective.stored: {self.folder}: holds outputs for another recipe: {'; '.join(other)}\n"
                 "write them again with `selfsight teacher RECIPE`, or give the recipe as it was"
@@ -160,24 +185,38 @@ class StoredTeacher:
 
 
 def write_outputs(
-    folder: Path, of: dict[str, Any], widths: dict[str, int], rows: int, outputs: Iterable[Outputs]
+    folder: Path, of: dict[str, Any], about: dict[str, Any], rows: int, outputs: Iterable[Outputs]
 ) -> None:
-    """Store outputs, which come batch by batch in the order of their rows; the folder appears when it is whole.
+    """Store a teacher's outputs, batch by batch in the order of their rows; the folder appears when it is whole.
 
     Args:
         of: what they are the outputs of; compared when they are used.
+        about: `weights`, a hash of the teacher's, and `widths` of its outputs.
 
     Raises:
         NumericError: outputs that are not finite, or too large for float16.
+        StorageError: the disk is full or cannot be written.
     """
     draft = folder.with_name(f".draft-{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        manifest = {"of": of, **about, "outputs": _write_arrays(draft, rows, outputs)}
+        (draft / "teacher.json").write_text(json.dumps(manifest, indent=1))
+        draft.rename(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_arrays(draft: Path, rows: int, outputs: Iterable[Outputs]) -> list[str]:
     arrays: dict[str, Any] = {}
     first = 0
     for made in outputs:
         for name, value in made.items():
-            stored = value.cpu().numpy().astype(_TYPES.get(name, np.float16))
+            with np.errstate(over="ignore"):  # it is looked for below
+                stored = value.cpu().numpy().astype(_TYPES.get(name, np.float16))
             if not np.isfinite(stored).all():
                 raise NumericError(f"the teacher's {name} are not finite in float16 (row {first:,})")
             if name not in arrays:
@@ -187,5 +226,4 @@ def write_outputs(
         first += len(next(iter(made.values())))
     for array in arrays.values():
         array.flush()
-    (draft / "teacher.json").write_text(json.dumps({"of": of, "widths": widths, "outputs": sorted(arrays)}, indent=1))
-    draft.rename(folder)
+    return sorted(arrays)

@@ -1,7 +1,7 @@
 """Does each objective learn? Every recipe of recipes/cifar10 in one command, each scored beside its untrained encoder.
 
     python benchmarks/cifar10.py SOURCE_TRAIN SOURCE_TEST --scale full     one GPU: all images, ViT-S/4, 200 passes
-    python benchmarks/cifar10.py SOURCE_TRAIN SOURCE_TEST --scale slice    two CPU cores: 5,000 images, ViT 128 x 4, 30 passes
+    python benchmarks/cifar10.py SOURCE_TRAIN SOURCE_TEST --scale slice    two CPU cores: 5,000 images, ViT 96 x 4 with patch 8, 30 passes
 
 The sources are what `selfsight shards build` takes: tars ('cifar10-train-*.tar.xz'), or folders of classes. Runs are kept in
 --runs and go on where they were. Prints a table in Markdown, or one object with --json.
@@ -27,8 +27,8 @@ TARGETS = {
 SCALES: dict[str, dict[str, Any]] = {
     "full": {"encoder.name": "vit_small_patch16_224", "train.epochs": 200},
     "slice": {
-        "encoder.width": 128, "encoder.depth": 4, "encoder.heads": 4, "train.epochs": 30, "train.batch_size": 128,
-        "train.threads": 1, "train.workers": 0, "eval.every": 1000000, "train.save_every": 200, "optim.lr": 1e-3,
+        "encoder.patch": 8, "encoder.width": 96, "encoder.depth": 4, "encoder.heads": 3, "train.epochs": 30,
+        "train.batch_size": 128, "train.threads": 1, "train.workers": 0, "eval.every": 1000000, "train.save_every": 200,
     },
 }  # fmt: skip
 SMALLER = {"full": {"encoder.depth": 6}, "slice": {"encoder.depth": 2}}  # the student, half its teacher

@@ -6,6 +6,7 @@ on the batch and not twenty-four.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import ceil
 
 import numpy as np
@@ -39,7 +40,9 @@ def change_colour(pixels: Tensor, view: View, draws: Draws) -> Tensor:
     if coloured:
         pixels = _where(draws[:, 5] < view.grayscale, pixels, lambda some: to_gray(some).expand_as(some))
     low, high = view.blur_sigma
-    pixels = _where(draws[:, 6] < view.blur, pixels, gaussian_blur, low + (high - low) * draws[:, 7])
+    pixels = _where(
+        draws[:, 6] < view.blur, pixels, partial(gaussian_blur, most=high), low + (high - low) * draws[:, 7]
+    )
     return _where(draws[:, 8] < view.solarize, pixels, lambda some: torch.where(some < 0.5, some, 1 - some))
 
 
@@ -92,12 +95,13 @@ def shift_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     return high - span * torch.minimum(place, 4 - place).clamp(0, 1)
 
 
-def gaussian_blur(pixels: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with a deviation for each image, in pixels, mirrored at the borders.
+def gaussian_blur(pixels: Tensor, sigma: Tensor, most: float) -> Tensor:
+    """Gaussian blur with a deviation for each image, in pixels, of at most `most`; mirrored at the borders.
 
     Rows and columns are blurred by a product with a banded matrix: one batched matmul each instead of B convolutions.
     """
-    radius = min(ceil(3 * float(sigma.max())), min(pixels.shape[-2:]) - 1)
+    # The same window for all: an image must not depend on which others are blurred beside it.
+    radius = min(ceil(3 * most), min(pixels.shape[-2:]) - 1)
     offsets = torch.arange(-radius, radius + 1, device=pixels.device)
     weights = (-0.5 * (offsets / sigma.view(-1, 1)).square()).exp()
     weights = weights / weights.sum(1, keepdim=True)

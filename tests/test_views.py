@@ -233,9 +233,50 @@ def test_grey_images_stay_one_channel() -> None:
     assert to_array(noise(8, 8, "L")).shape == (1, 8, 8)
 
 
+@pytest.mark.parametrize("crop_scale", [None, (0.2, 1.0)])
+def test_a_view_has_its_own_size_if_it_has_one(crop_scale: tuple[float, float] | None) -> None:
+    image = noise(30, 20)
+    for size, expected in ((None, 16), (7, 7), (20, 20)):
+        maker = ViewMaker(View(size=size, crop_scale=crop_scale, flip=0.0), 0, 16, "bilinear", seed=1)
+        draws = maker.draws(np.array([5]))[0]
+        made = maker(image, draws)
+        assert made.shape == (3, expected, expected)
+        if crop_scale:
+            left, top, right, bottom = crop_box(30, 20, draws[1:], maker.view)
+            theirs = reference.resized_crop(image, top, left, bottom - top, right - left, [expected, expected])
+        else:
+            theirs = reference.center_crop(reference.resize(image, [expected]), [expected, expected])
+        assert np.array_equal(made, np.asarray(theirs).transpose(2, 0, 1))
+
+
+def test_shifts_are_uniform_and_belong_to_the_key_and_the_view() -> None:
+    keys = np.arange(3000)
+    first, second = (ViewMaker(View(shift=3), number, 8, "bicubic", seed=0).shifts(keys) for number in (0, 1))
+    assert set(first.tolist()) == {1, 2, 3}
+    assert np.abs(np.bincount(first)[1:] / 3000 - 1 / 3).max() < 0.03
+    assert 0.2 < (first == second).mean() < 0.45
+    alone = ViewMaker(View(shift=3), 0, 8, "bicubic", seed=0).shifts(np.array([1234]))
+    assert alone[0] == first[1234]
+    assert (ViewMaker(View(shift=3), 0, 8, "bicubic", seed=1).shifts(keys) != first).any()
+    assert not ViewMaker(View(), 0, 8, "bicubic", seed=0).shifts(keys).any()
+    assert set(ViewMaker(View(shift=1), 0, 8, "bicubic", seed=0).shifts(keys).tolist()) == {1}
+
+
 @pytest.mark.parametrize(
-    "fields", [{"crop_scale": (0.5, 0.2)}, {"crop_scale": (0.0, 1.0)}, {"crop_ratio": (2.0, 1.0)}, {"flip": 2.0}]
-)
+    "fields",
+    [
+        {"crop_scale": (0.5, 0.2)}, {"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.5, 1.1)}, {"crop_ratio": (2.0, 1.0)},
+        {"crop_ratio": (0.0, 1.0)}, {"flip": 2.0}, {"size": 0}, {"shift": -1}, {"jitter": 1.1}, {"brightness": -0.1},
+        {"contrast": -0.1}, {"saturation": -0.1}, {"hue": 0.6}, {"hue": -0.1}, {"grayscale": 1.5}, {"blur": -0.5},
+        {"blur_sigma": (2.0, 1.0)}, {"blur_sigma": (0.0, 1.0)}, {"solarize": 1.5},
+    ],
+)  # fmt: skip
 def test_impossible_views_are_refused(fields: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"crop_scale|crop_ratio|flip"):
+    with pytest.raises(ValueError, match=next(iter(fields))):
         View(**fields)  # type: ignore[arg-type]
+
+
+def test_views_at_the_edge_are_allowed() -> None:
+    View(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), blur_sigma=(1.0, 1.0), hue=0.5, brightness=1.5, size=1)
+    plain = View()
+    assert (plain.size, plain.shift, plain.jitter, plain.grayscale, plain.blur, plain.solarize) == (None, 0, 0, 0, 0, 0)

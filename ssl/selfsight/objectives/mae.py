@@ -15,7 +15,7 @@ from selfsight.encoder import Encoder, Tokens, patchify, take, unpatchify
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import MAEConfig
-from selfsight.objectives.masks import random_masking
+from selfsight.objectives.masks import random_masking, split_patches
 from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
 from selfsight.positions import sincos
 
@@ -28,14 +28,8 @@ class MAE(Objective):
     def __init__(self, encoder: Encoder, config: MAEConfig) -> None:
         super().__init__(encoder, config)
         self.views = (config.view,)
-        patches, width = encoder.grid[0] * encoder.grid[1], config.decoder_width
-        self.visible = round(patches * (1 - config.mask_ratio))
-        if not 0 < self.visible < patches:
-            raise UsageError(
-                f"objective.mask_ratio: {config.mask_ratio} of {patches} patches leaves {self.visible} visible; "
-                "at least one must be visible and one hidden"
-            )
-        self.predicted = max(1, round((patches - self.visible) * config.predict_ratio))
+        self.visible, hidden = split_patches(encoder, config.mask_ratio)
+        self.predicted, width = max(1, round(hidden * config.predict_ratio)), config.decoder_width
         if width % config.decoder_heads or width % 4:
             raise UsageError(
                 f"objective.decoder_width: {width} must be a multiple of 4 and of the {config.decoder_heads} heads"
@@ -68,7 +62,9 @@ class MAE(Objective):
         constant = target.mean(dim=(1, 2), keepdim=True).expand_as(target)
         terms = {"floor": self.distance(constant, target, images, hidden).detach()}
         for prediction in edges:
-            terms["edges"] = (prediction - self.target(gradient_magnitude(images), hidden)).square().mean()
+            slopes = self.target(gradient_magnitude(images), hidden)
+            terms["edges"] = (prediction - slopes).square().mean()
+            terms["floor"] += self.config.edges * (slopes.mean((1, 2), keepdim=True) - slopes).square().mean()
             loss = loss + self.config.edges * terms["edges"]
         return Loss(loss, {name: term.detach() for name, term in terms.items()})
 
@@ -117,9 +113,7 @@ class MAE(Objective):
         images, (keep, hidden) = batch.views[0], self.mask(batch)
         predicted = self.decode(self.encoder(images, keep=keep), keep, hidden).float().chunk(self.targets, dim=-1)[0]
         patches = patchify(images, self.encoder.patch)
-        seen = torch.zeros_like(patches).scatter(
-            1, keep[..., None].expand(-1, -1, patches.shape[-1]), take(patches, keep)
-        )
+        seen = patches * torch.zeros_like(patches[..., :1]).scatter(1, keep[..., None], 1.0)
         return {
             "augmented view": images,
             "what the encoder sees": unpatchify(seen, self.encoder.patch, self.encoder.grid),

@@ -24,6 +24,24 @@ def enlarge(mask: Tensor, factor: int) -> Tensor:
     return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
+def split_patches(encoder: Encoder, ratio: float) -> tuple[int, int]:
+    """How many patches stay visible and how many are hidden.
+
+    Raises:
+        UsageError: a backbone that cannot drop patches, or a ratio that leaves none visible or none hidden.
+    """
+    if not encoder.plain:
+        raise UsageError(f"encoder.name: {encoder.config.name} cannot drop patches; choose a vit_* model")
+    patches = encoder.grid[0] * encoder.grid[1]
+    visible = round(patches * (1 - ratio))
+    if not 0 < visible < patches:
+        raise UsageError(
+            f"objective.mask_ratio: {ratio} of {patches} patches leaves {visible} visible; "
+            "at least one must be visible and one hidden"
+        )
+    return visible, patches - visible
+
+
 def cells_of(encoder: Encoder, size: int, ratio: float) -> tuple[int, int]:
     """Squares of `size` pixels along a side of the image, and how many of all are masked (rounded up, as in SimMIM's code).
 

@@ -41,10 +41,10 @@ def ms_ssim(a: Tensor, b: Tensor, preprocessing: Preprocessing) -> Tensor:
         with exact(a):
             luminance, structure = _ssim(a, b, window)
         last = scale == scales - 1
-        values.append(F.relu(luminance * structure if last else structure).mean((2, 3)))
+        values.append((luminance * structure if last else structure).mean((2, 3)))
         if not last:
             a, b = (F.avg_pool2d(x, 2) for x in (a, b))
-    # A similarity of 0 has no finite gradient under a power below 1.
+    # Below 0 there is no root, and at 0 no finite gradient of one.
     stacked = torch.stack(values, dim=-1).clamp(min=1e-6)
     return (stacked**exponents).prod(-1).mean()
 

@@ -17,5 +17,5 @@ def rankme(features: Tensor) -> float:
         values = torch.linalg.eigvalsh(features @ features.T).clamp(min=0).sqrt()
     else:
         values = torch.linalg.svdvals(features)
-    shares = values / values.sum() + 1e-7
+    shares = values / values.sum().clamp(min=1e-300) + 1e-7
     return torch.exp(-(shares * shares.log()).sum()).item()

@@ -1,6 +1,14 @@
 """DINO against lightly's losses with the same outputs, and against slow loops over views, images, patches and tensors.
 
-Mutations that these tests caught when they were tried: MUTATIONS.
+Mutations that these tests caught when they were tried: the student as its own teacher, targets of the views swapped, the
+head of the wrong branch, a term with another's weight or none, a temperature dropped or multiplied, the centre added, left
+out, of the other row, moved by the wrong share, by the sum or by the last micro-batch, in evaluation, never cleared or not
+saved; pairs of the same view kept, the mean over all pairs; masks inverted, drawn alike for both views, off by one at either
+end, with the probability turned round; the patch loss over masked images only, over all patches alike, or detached; local
+views mixed up between images, drawn alike; prototypes frozen for one step more, without a gradient or never; a bottleneck
+without its length; Sinkhorn with a round less, without one of its divisions; KoLeo of the farthest, of itself, with the other
+sign, detached, of one view twice; the teacher's heads forgotten, its decay constant, off by one step or turned round; student
+and teacher swapped in the average; a norm after its activation, a bias under a norm.
 """
 
 import copy
@@ -275,11 +283,10 @@ def test_entropy_is_in_nats() -> None:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_the_head_is_its_formula(normalize: bool, layers: int) -> None:
-    head = Head(
-        10, DINOConfig(outputs=7, head_width=9, bottleneck=5, head_layers=layers, normalize_prototypes=normalize)
-    )
+@pytest.mark.parametrize(("layers", "norm"), [(1, False), (3, False), (3, True)])
+def test_the_head_is_its_formula(normalize: bool, layers: int, norm: bool) -> None:
+    options = {"head_width": 9, "bottleneck": 5, "head_layers": layers, "head_norm": norm}
+    head = Head(10, DINOConfig(outputs=7, normalize_prototypes=normalize, **options))
     for parameter in head.parameters():
         nn.init.normal_(parameter)
     linears = [module for module in head.mlp if isinstance(module, nn.Linear)]
@@ -290,8 +297,13 @@ def test_the_head_is_its_formula(normalize: bool, layers: int) -> None:
     y = x.double().detach().numpy()
     for number, linear in enumerate(linears):
         if number:
+            if norm:
+                batch_norm = head.mlp[3 * number - 2]
+                y = (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-5)
+                y = y * batch_norm.weight.detach().double().numpy() + batch_norm.bias.detach().double().numpy()
             y = 0.5 * y * (1 + torch.erf(torch.from_numpy(y) / sqrt(2)).numpy())
-        y = y @ linear.weight.detach().double().numpy().T + linear.bias.detach().double().numpy()
+        y = y @ linear.weight.detach().double().numpy().T
+        y += 0 if norm else linear.bias.detach().double().numpy()
     y /= np.sqrt((y**2).sum(1, keepdims=True))
     prototypes = head.prototypes.detach().double().numpy()
     if normalize:
@@ -533,9 +545,9 @@ def test_every_trained_parameter_gets_a_gradient(fields: dict[str, Any]) -> None
     assert not any(name.startswith("teacher") for name in trained)
 
 
-@pytest.mark.parametrize("balance", ["centering", "sinkhorn"])
-def test_every_trained_parameter_gets_a_gradient_though_no_patch_is_masked(balance: str) -> None:
-    objective = make(ibot=1.0, koleo=0.1, mask_probability=0.0, balance=balance)
+@pytest.mark.parametrize(("balance", "norm"), [("centering", False), ("sinkhorn", False), ("centering", True)])
+def test_every_trained_parameter_gets_a_gradient_though_no_patch_is_masked(balance: str, norm: bool) -> None:
+    objective = make(ibot=1.0, koleo=0.1, mask_probability=0.0, balance=balance, head_norm=norm)
     loss = objective(make_batch())
     loss.total.backward()
     trained = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}

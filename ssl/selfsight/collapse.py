@@ -1,6 +1,7 @@
 """Collapse: features that no longer tell one image from another. It can look like a loss that falls nicely."""
 
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +15,19 @@ from selfsight.objectives.base import Loss
 
 EVERY = 10  # steps between looks
 ROWS = 256  # images that are looked at
-FLAT = 0.02  # std below which vectors are all the same: a mean cosine above 0.9996
 PATIENCE = 5  # looks in a row before the alarm
+
+
+class Limits(NamedTuple):
+    """What healthy runs stay above (measured on the digits: docs/log.md)."""
+
+    std: float = 0.02
+    """Below it vectors are all the same: a mean cosine above 0.9996."""
+    rank: float = 0.0
+    """Below it a few answers serve all images."""
+
+
+LIMITS = {"teacher": Limits(0.05, 4.0)}  # a teacher's distributions, which differ far more than features do
 
 
 class CollapseWatch:
@@ -40,11 +52,13 @@ class CollapseWatch:
         for name, vectors in loss.watched.items():
             found = {key: accelerator.reduce(value, "mean").item() for key, value in spread(vectors).items()}
             line |= {f"watch/{name}/{key}": round(value, 5) for key, value in found.items()}
-            self.flat[name] = self.flat[name] + 1 if found["std"] < FLAT else 0
+            limits = LIMITS.get(name.rpartition("/")[2], Limits())
+            few = len(vectors) >= 4 * limits.rank and found["rank"] < limits.rank
+            self.flat[name] = self.flat[name] + 1 if few or found["std"] < limits.std else 0
             if self.flat[name] >= PATIENCE and name not in self.told:
                 self.told.add(name)
                 message = (
-                    f"step {step}: collapse: the {name} vectors of different images are the same (std {found['std']:.4f}, "
+                    f"step {step}: collapse: the {name} vectors of different images are nearly the same (std {found['std']:.4f}, "
                     f"mean cosine {found['cosine']:.4f}, rank {found['rank']:.1f}) and have been for {PATIENCE} looks; a lower "
                     "optim.lr, a larger batch, or the objective's own defaults usually help"
                 )

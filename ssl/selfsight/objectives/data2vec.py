@@ -43,7 +43,7 @@ class Data2Vec(EMATaught):
         tokens = self.encoder(images, mask=mask, mask_token=self.mask_token, draw=batch.uniform)
         loss = smooth_l1(self.predict(tokens.patches).float(), target, mask, self.config.beta)
         floor = smooth_l1(torch.zeros_like(target), target, mask, self.config.beta)
-        return Loss(loss, {"floor": floor}, {"teacher": target.mean(1)})
+        return Loss(loss, {"floor": floor}, {"target": target.mean(1)})
 
 
 def smooth_l1(predicted: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:

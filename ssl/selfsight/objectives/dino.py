@@ -49,8 +49,8 @@ class DINO(EMATaught):
             average.requires_grad_(False)
         self.register_buffer("center", torch.zeros(1 + bool(config.ibot), config.outputs))
         self.center: Tensor
-        # Mean teacher outputs of the micro-batches since the last step, of images and of patches.
-        self.seen: tuple[list[Tensor], list[Tensor]] = ([], [])
+        # Sum and number of the teacher's outputs since the last step, of images and of patches.
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
         """The encoder and every head."""
@@ -126,9 +126,9 @@ class DINO(EMATaught):
         if self.config.balance == "sinkhorn":
             return torch.stack([sinkhorn(view, temperature) for view in outputs])
         if self.training:
+            before = self.seen.get(which, (0, 0))
             count = total(outputs.new_tensor(float(outputs.shape[0] * outputs.shape[1])))
-            mean = total(outputs.sum((0, 1))) / count.clamp(min=1)
-            self.seen[which].append(mean)
+            self.seen[which] = before[0] + total(outputs.sum((0, 1))), before[1] + count
         return F.softmax((outputs - self.center[which]) / temperature, dim=-1)
 
     def teacher_temperature(self, progress: float) -> float:
@@ -144,10 +144,10 @@ class DINO(EMATaught):
     def after_step(self, step: int, steps: int) -> None:
         """Move the teacher, and the centre by the mean of the whole step's outputs (equation 4)."""
         super().after_step(step, steps)
-        for center, means in zip(self.center, self.seen, strict=False):
-            if means:
-                center.lerp_(torch.stack(means).mean(0), 1 - self.config.center_momentum)
-                means.clear()
+        for which, (outputs, count) in self.seen.items():
+            moved = (1 - self.config.center_momentum) * (count > 0)  # a step may have no masked patch at all
+            self.center[which].lerp_(outputs / count.clamp(min=1), moved)
+        self.seen.clear()
 
 
 class Head(nn.Module):

@@ -1,5 +1,7 @@
 """VICReg (Bardes, Ponce, LeCun 2022, arXiv 2105.04906), in the paper's order, over the global batch."""
 
+from math import sqrt
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,7 +38,9 @@ class VICReg(Objective):
                 "covariance": covariance(first) + covariance(second),
             }
         loss = sum((getattr(self.config, name) * term for name, term in terms.items()), first.new_zeros(()))
-        return Loss(loss, {name: term.detach() for name, term in terms.items()}, {"embedding": first.detach()})
+        # One more coordinate, as long as a healthy embedding: a cloud that shrinks to a point shows as a direction, too.
+        watched = F.pad(first.detach(), (0, 1), value=sqrt(first.shape[1]))
+        return Loss(loss, {name: term.detach() for name, term in terms.items()}, {"embedding": watched})
 
     def check(self, setting: Setting) -> list[str]:
         """Whether the gathered batch has statistics worth the name."""

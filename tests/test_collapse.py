@@ -40,7 +40,7 @@ class One:
 
 def look(watch: CollapseWatch, step: int, rank: One | None = None, **vectors: Tensor) -> dict[str, float]:
     accelerator: Any = rank or One()
-    return watch(step, Loss(torch.tensor(0.0), {}, vectors), accelerator)
+    return watch(EVERY * step, Loss(torch.tensor(0.0), {}, vectors), accelerator)
 
 
 def vectors(noise: float, seed: int = 0, rows: int = 24, width: int = 12) -> Tensor:
@@ -125,7 +125,9 @@ def test_the_alarm_comes_after_enough_looks_in_a_row() -> None:
     watch = CollapseWatch(stop=True)
     for number in range(PATIENCE - 1):
         look(watch, number, feature=vectors(1e-4))
-    with pytest.raises(NumericError, match=r"step 77: collapse: the feature vectors .* for 5 looks.*on_collapse: stop"):
+    with pytest.raises(
+        NumericError, match=r"step 770: collapse: the feature vectors .* for 50 steps.*on_collapse: stop"
+    ):
         look(watch, 77, feature=vectors(1e-4))
     assert PATIENCE == 5
 
@@ -136,6 +138,13 @@ def test_one_look_at_different_vectors_starts_the_count_anew() -> None:
         look(watch, 1, feature=vectors(noise))
     with pytest.raises(NumericError):
         look(watch, 2, feature=vectors(1e-4))
+
+
+def test_lines_between_the_looks_are_not_counted() -> None:
+    watch, accelerator = CollapseWatch(stop=True), One()
+    for step in range(1, EVERY * PATIENCE):
+        line = watch(step, Loss(torch.tensor(0.0), {}, {"feature": vectors(1e-4)}), accelerator)  # type: ignore[arg-type]
+        assert line["watch/feature/std"] < 1e-3
 
 
 def test_each_name_is_counted_alone() -> None:
@@ -186,7 +195,7 @@ def test_a_warning_is_said_once_for_each_name(monkeypatch: pytest.MonkeyPatch) -
         assert line["watch/feature/cosine"] == pytest.approx(1, abs=1e-4)
     assert len(said) == 1
     assert said[0].startswith(
-        f"warning: step {PATIENCE - 1}: collapse: the feature vectors of different images are nearly the same"
+        f"warning: step {EVERY * (PATIENCE - 1)}: collapse: the feature vectors of different images are nearly the same"
     )
     for step in range(PATIENCE):
         look(watch, step, feature=vectors(1e-4), fine=vectors(1e-4))
@@ -200,7 +209,7 @@ def test_only_the_first_rank_speaks_but_every_one_stops(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
     for step in range(PATIENCE):
         look(loud, step, feature=vectors(1e-4))
-    assert "warning: step 4: collapse" in capsys.readouterr().err
+    assert "warning: step 40: collapse" in capsys.readouterr().err
     with pytest.raises(NumericError):
         for step in range(PATIENCE):
             look(stopped, step, One(is_main_process=False), feature=vectors(1e-4))

@@ -171,6 +171,73 @@ def test_recomputed_blocks_have_the_same_gradients() -> None:
     assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_recomputed_blocks_keep_the_draws_of_their_own_view() -> None:
+    gradients = []
+    for recompute in (False, True):
+        encoder = make(**TINY, drop_path=0.5).train()
+        encoder.checkpoint_blocks = recompute
+        views = [
+            encoder(images(encoder), draw=lambda _, n, row=row: torch.tensor(row)[:, None].expand(2, n)).patches
+            for row in ([1.0, 0.0], [0.0, 1.0])
+        ]
+        (views[0].square().sum() + 3 * views[1].square().sum()).backward()
+        gradients.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("fields", PLAIN[:4])
+@torch.inference_mode()
+def test_other_sizes_have_resampled_positions(fields: dict[str, Any]) -> None:
+    """timm's own model of the smaller size with timm's own resampling of the table."""
+    encoder = make(**fields)
+    small = make(**fields | {"image_size": 8})
+    table, prefix = encoder.backbone.pos_embed, encoder.prefix_tokens
+    state = encoder.backbone.state_dict()
+    state["pos_embed"] = resample_abs_pos_embed(table, [2, 2], [4, 4], num_prefix_tokens=prefix)
+    small.backbone.load_state_dict(state)
+    crops = images(small)
+    found = encoder(crops, any_size=True)
+    assert torch.allclose(torch.cat(found, 1), small.backbone.forward_features(crops), atol=1e-5)
+    whole = images(encoder)
+    assert torch.equal(encoder(whole, any_size=True).patches, encoder(whole).patches)
+
+
+def test_other_sizes_are_refused_unless_asked_for_and_whole() -> None:
+    encoder = make(**TINY)
+    with pytest.raises(UsageError, match=r"the encoder takes \(3, 16, 16\)$"):
+        encoder(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UsageError, match="or other whole patches of 4 pixels"):
+        encoder(torch.zeros(1, 3, 10, 8), any_size=True)
+    rotary = make(name="vit_small_patch16_dinov3", image_size=64, depth=1)
+    with pytest.raises(UsageError, match="has rotary positions"):
+        rotary(torch.zeros(1, 3, 32, 32), any_size=True)
+
+
+@torch.inference_mode()
+def test_a_hierarchical_backbone_masks_after_its_stem() -> None:
+    encoder = make(name="swin_tiny_patch4_window7_224", image_size=64, pool="head")
+    assert (encoder.patch, encoder.grid, encoder.stride, encoder.stem_width) == (4, (16, 16), 32, 96)
+    pictures = images(encoder, 1)
+    nothing = torch.zeros(1, 256, dtype=torch.bool)
+    token = torch.randn(96)
+    assert torch.equal(encoder(pictures, mask=nothing, mask_token=token).patches, encoder(pictures).patches)
+    mask = nothing.clone()
+    mask[0, 16 * 2 + 5] = True  # the patch in row 2, column 5
+    found = encoder(pictures, mask=mask, mask_token=token).patches
+    spoilt = pictures.clone()
+    spoilt[..., 8:12, 20:24] = 7.0
+    assert torch.equal(encoder(spoilt, mask=mask, mask_token=token).patches, found)
+    spoilt[..., 8:12, 24:28] = 7.0
+    assert not torch.allclose(encoder(spoilt, mask=mask, mask_token=token).patches, found)
+
+
+@pytest.mark.parametrize("fields", [*PLAIN[:3], *OTHERS[:2]])
+def test_widths_are_those_of_the_features(fields: dict[str, Any]) -> None:
+    encoder = make(**fields)
+    assert encoder.embed(images(encoder)).shape == (2, encoder.feature_width)
+    assert encoder(images(encoder)).patches.shape[1] == (encoder.preprocessing.image_size // encoder.stride) ** 2
+
+
 def test_sincos_is_maes() -> None:
     """facebookresearch/mae's util/pos_embed.py, written out: w first, frequencies 1 / 10000^(i / (D / 4))."""
     table = sincos(16, (2, 3), prefix=1)

@@ -30,6 +30,7 @@ FIELDS = {
 
 def losses(name: str, run_dir: Path) -> list[float]:
     recipe = load(f"digits/{name}", FIELDS | {"run_dir": str(run_dir)})
+    run_dir.mkdir()
     accelerator = join(recipe)
     train(assemble(recipe, accelerator.device), accelerator)
     return [line["loss"] for line in read_lines(run_dir / "metrics.jsonl")]

@@ -10,7 +10,7 @@ from selfsight.data.views import View
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import MAEConfig
-from selfsight.optim import build_optimizer, lr_at, move_average, set_rates
+from selfsight.optim import build_optimizer, lr_at, move_average, set_rates, weight_decay_at
 from selfsight.recipe import DataConfig, EncoderConfig, OptimConfig
 
 ENCODER = EncoderConfig(image_size=8, channels=1, patch=2, width=16, depth=3, heads=2, registers=1)
@@ -35,6 +35,22 @@ def test_the_cosine_is_torchs() -> None:
         assert lr_at(step, 50, OptimConfig(lr=3.0, min_lr=0.1, warmup=0.0)) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
+
+
+def test_weight_decay_goes_along_half_a_cosine() -> None:
+    config = OptimConfig(weight_decay=0.04, weight_decay_end=0.4)
+    for step in range(100):
+        expected = 0.4 - 0.36 * 0.5 * (1 + math.cos(math.pi * step / 100))
+        assert weight_decay_at(step, 100, config) == pytest.approx(expected)
+    assert {weight_decay_at(step, 100, OptimConfig(weight_decay=0.3)) for step in range(100)} == {0.3}
+    decayed, spared = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    groups = [
+        {"params": [decayed], "decayed": True, "scale": 0.5},
+        {"params": [spared], "decayed": False, "scale": 1.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    set_rates(optimizer, 0.1, 0.2)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.05, 0.2), (0.1, 0.0)]
 
 
 def test_groups() -> None:

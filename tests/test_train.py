@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,14 +19,18 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from selfsight import checkpoint
-from selfsight.assemble import assemble
+from selfsight.assemble import Parts, assemble
+from selfsight.collapse import LIMITS, Limits
+from selfsight.encoder import build_encoder
 from selfsight.errors import DataError, NumericError, Stopped, UsageError
+from selfsight.export import load_encoder
 from selfsight.metrics import TIMING, Meter
 from selfsight.objectives.mae import MAE
-from selfsight.processes import StopRequest
+from selfsight.processes import StopRequest, join
 from selfsight.recipe import load
 from selfsight.run_folder import read_lines
-from selfsight.train import due, pretrain
+from selfsight.train import due, pretrain, train
+from selfsight.weights import load_weights
 
 Fields = dict[str, Any]
 Runner = Callable[..., subprocess.CompletedProcess[str]]
@@ -275,6 +280,50 @@ def test_the_average_is_what_is_exported(small_fields: Fields) -> None:
     assert same(exported, average)
     live = {n.removeprefix("encoder.backbone."): v for n, v in weights(folder, 6).items() if n.startswith("encoder.")}
     assert not same(exported, live)
+
+
+def test_a_teacher_that_moves_is_saved_resumed_and_scored(small_fields: Fields, tmp_path: Path) -> None:
+    fields = {key: value for key, value in small_fields.items() if not key.startswith("objective.")}
+    fields |= {"objective.outputs": 16, "objective.head_width": 8, "objective.bottleneck": 8, "encoder.heads": 2}
+    recipe = load("digits/dino", fields | {"train.epochs": None})
+
+    recipe.run_dir.mkdir()
+
+    def run() -> Parts:
+        accelerator = join(recipe)
+        parts = assemble(recipe, accelerator.device)
+        train(parts, accelerator)
+        return parts
+
+    parts, checkpoints = run(), recipe.run_dir / "checkpoints"
+    first = weights(recipe.run_dir, 6)
+    assert any(name.startswith("teacher.backbone.") for name in first)
+    assert not torch.equal(first["teacher.backbone.cls_token"], first["encoder.backbone.cls_token"])
+    assert first["center"].any()
+    shutil.rmtree(checkpoints / "step-00000006")
+    run()
+    assert same(weights(recipe.run_dir, 6), first)
+    scored = load_encoder(recipe.run_dir)
+    teacher = parts.objective.scored
+    assert parts.scored is teacher is not parts.encoder
+    assert all(torch.equal(a, b) for a, b in zip(scored.parameters(), teacher.parameters(), strict=True))
+    other = build_encoder(recipe.encoder, scored.preprocessing, seed=9)
+    load_weights(other, str(checkpoints / "step-00000006"), recipe.encoder.name)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), teacher.parameters(), strict=True))
+
+
+def test_the_alarm_stops_a_run_that_is_told_to(small_fields: Fields, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LIMITS, "embedding", Limits(std=2.0))  # no vectors are so different
+    fields = {key: value for key, value in small_fields.items() if not key.startswith("objective.")}
+    told = {"objective.expander_width": 16, "train.on_collapse": "stop", "train.steps": 100, "train.log_every": 25}
+    recipe = load("digits/vicreg", fields | told)
+    recipe.run_dir.mkdir()
+    accelerator = join(recipe)
+    with pytest.raises(NumericError, match="step 50: collapse: the embedding vectors"):  # 25 is no look
+        train(assemble(recipe, accelerator.device), accelerator)
+    lines = read_lines(recipe.run_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [25]
+    assert {"watch/embedding/std", "watch/embedding/cosine", "watch/embedding/rank"} <= set(lines[0])
 
 
 def test_continuing_from_weights(small_fields: Fields, tmp_path: Path) -> None:

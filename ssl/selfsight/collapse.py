@@ -15,7 +15,7 @@ from selfsight.objectives.base import Loss
 
 EVERY = 10  # steps between looks
 ROWS = 256  # images that are looked at
-PATIENCE = 5  # looks in a row before the alarm
+PATIENCE = 5  # looks in a row, each EVERY steps, before the alarm
 
 
 class Limits(NamedTuple):
@@ -52,6 +52,8 @@ class CollapseWatch:
         for name, vectors in loss.watched.items():
             found = {key: accelerator.reduce(value, "mean").item() for key, value in spread(vectors).items()}
             line |= {f"watch/{name}/{key}": round(value, 5) for key, value in found.items()}
+            if step % EVERY:  # a line is logged here; the count must not depend on how often
+                continue
             limits = LIMITS.get(name.rpartition("/")[2], Limits())
             few = len(vectors) >= 4 * limits.rank and found["rank"] < limits.rank
             self.flat[name] = self.flat[name] + 1 if few or found["std"] < limits.std else 0
@@ -59,7 +61,7 @@ class CollapseWatch:
                 self.told.add(name)
                 message = (
                     f"step {step}: collapse: the {name} vectors of different images are nearly the same (std {found['std']:.4f}, "
-                    f"mean cosine {found['cosine']:.4f}, rank {found['rank']:.1f}) and have been for {PATIENCE} looks; a lower "
+                    f"mean cosine {found['cosine']:.4f}, rank {found['rank']:.1f}) and have been for {PATIENCE * EVERY} steps; a lower "
                     "optim.lr, a larger batch, or the objective's own defaults usually help"
                 )
                 if self.stop:

@@ -33,7 +33,6 @@ FLOORS = {
 }
 Curve = tuple[str, tuple[str, ...], str, str]  # title, fields of metrics.jsonl, unit, what to look for
 _BELOW = "Below the dashed floor, the model predicts better than one that has learned nothing."
-_LOSS: Curve = ("Loss", ("loss", "loss/floor"), "", _BELOW)
 _TERMS = {
     "accuracy": "Share of right answers.",
     "teacher_entropy": "Nats; how undecided the teacher is about an image. Near 0 or near log(outputs) for long: collapse.",
@@ -82,7 +81,7 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
 
 def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
     charts = []
-    for title, fields, unit, hint in (_LOSS, *_own_curves(lines), *_CURVES):
+    for title, fields, unit, hint in (*_own_curves(lines), *_CURVES):
         series = [
             Series(
                 field.rpartition("/")[2],
@@ -98,18 +97,24 @@ def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _own_curves(lines: list[dict[str, Any]]) -> list[Curve]:
-    """The objective's terms, each with its own floor if it has one, and the vectors that are watched for collapse."""
+    """The loss and its terms, each with its floor if it has one, and the vectors that are watched for collapse."""
     fields = list(dict.fromkeys(field for line in lines for field in line))
     terms = [field for field in fields if field.startswith("loss/") and not field.endswith("floor")]
+    terms = [field for field in terms if any(line[field] != line["loss"] for line in lines if field in line)]
     watched = dict.fromkeys(field.rpartition("/")[0] for field in fields if field.startswith("watch/"))
-    curves: list[Curve] = []
+    told = (
+        _BELOW
+        if "loss/floor" in fields
+        else "This objective has no floor to compare with: look at kNN, and at what follows."
+    )
+    curves: list[Curve] = [("Loss", ("loss", "loss/floor"), "", told)]
     for field in terms:
         floored = f"{field}/floor" in fields
         hint = _TERMS.get(field.rpartition("/")[2], _BELOW if floored else "A term of the loss.")
         curves.append((field.removeprefix("loss/"), (field, f"{field}/floor"), "", hint))
     for name in watched:
         what = name.removeprefix("watch/")
-        hint = "std: 1 where vectors of different images point everywhere, 0 where all are the same."
+        hint = "Blue, std: 1 where vectors of different images point everywhere, 0 where all are the same. Brown: mean cosine."
         curves.append((f"Spread of {what}", (f"{name}/std", f"{name}/cosine"), "", hint))
         curves.append((f"RankMe of {what}", (f"{name}/rank",), "", "Dimensions in use by a batch."))
     return curves

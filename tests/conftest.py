@@ -67,6 +67,12 @@ def small_fields(small_shards: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def unchecked_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare each run the process that looks at its export; test_export and the command's own tests have it."""
+    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+
+
+@pytest.fixture
 def selfsight() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command as a user does, in a process of its own."""
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,12 +41,22 @@ class Page(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
 
-@pytest.fixture
-def run(small_fields: dict[str, Any], small_shards: Path) -> Path:
-    pretrain(
-        "digits/mae", small_fields | {"eval.train": str(small_shards), "eval.test": str(small_shards), "eval.k": [5]}
-    )
-    return Path(small_fields["run_dir"])
+@pytest.fixture(scope="module")
+def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three objectives, with scores."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    sets = {
+        "data.train": str(small_shards),
+        "eval.train": str(small_shards),
+        "eval.test": str(small_shards),
+        "eval.k": [5],
+    }
+    small = {"encoder.width": 16, "encoder.depth": 1, "train.epochs": None, "train.steps": 6, "train.batch_size": 8}
+    often = {"train.log_every": 1, "train.workers": 0, "objective.parts.agree.objective.expander_width": 16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        pretrain("digits/joint", sets | small | often | {"run_dir": str(folder)})
+    return folder
 
 
 def test_the_page_holds_everything_and_asks_for_nothing(run: Path) -> None:
@@ -58,10 +67,14 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path) -> None:
     assert not re.search(r"https?://|@import|url\(|<script", text)
     assert len(text) < 5_000_000
     for wanted in ("Loss", "Online kNN", "RankMe", "Learning rate", "Gradient norm", "Images per second", "Waiting for data",
-                   "source image", "augmented view", "what the encoder sees", "reconstruction", "random-init", "pixels", "majority",
+                   "source image", "rebuild: augmented view", "rebuild: what the encoder sees", "rebuild: reconstruction",
+                   "rotation: turned", "agree: view 2", "rotation/accuracy", "agree/variance", "Spread of agree/embedding",
+                   "RankMe of agree/embedding", "no floor to compare with", "random-init", "pixels", "majority",
                    "timm.create_model", "mask_ratio: 0.6", "Python"):  # fmt: skip
         assert wanted in text, wanted
-    assert page.tags.count("img") == 4 * 8
+    assert page.tags.count("img") == 8 * 8
+    assert page.tags.count("svg") == 1 + 7 + 2 + 7  # the loss, parts and their terms, the watch, and the rest
+    assert len(re.findall(r'class="line[^"]* dashed"', text)) == 2  # the floors of reconstruction and rotation
     for score in json.loads((run / "scores.json").read_text())["scores"]:
         assert f"{score['value']:.1f}" in text
     again = (run / "report.html").read_text()
@@ -70,9 +83,11 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path) -> None:
     assert (run / "report.html").read_text() == again
 
 
-def test_a_page_without_scores_says_so(small_fields: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    pretrain("digits/mae", small_fields)
-    assert "so nothing was scored" in (Path(small_fields["run_dir"]) / "report.html").read_text()
+def test_a_page_without_scores_says_so(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "scores.json").unlink()
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert "so nothing was scored" in (tmp_path / "run" / "report.html").read_text()
     assert cli.main(["report", "/nowhere"]) == 2
     assert "/nowhere/recipe.yaml" in capsys.readouterr().err
 

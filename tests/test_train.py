@@ -32,6 +32,7 @@ from selfsight.run_folder import read_lines
 from selfsight.train import due, pretrain, train
 from selfsight.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("unchecked_export")
 Fields = dict[str, Any]
 Runner = Callable[..., subprocess.CompletedProcess[str]]
 

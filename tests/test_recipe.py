@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selfsight import plainyaml
+from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.errors import UsageError
-from selfsight.recipe import Recipe, load, packaged_recipes
+from selfsight.objectives import build_objective
+from selfsight.recipe import Recipe, load, packaged, packaged_recipes
 
 MINIMAL = "run_dir: r\ndata: {train: x.tar}\nobjective: {name: mae}\ntrain: {epochs: 1}\n"
 
@@ -183,3 +187,17 @@ def test_packaged_recipes_are_valid_and_repeat_themselves(name: str, tmp_path: P
     resolved = write(tmp_path / "recipe.yaml", recipe.to_yaml())
     assert load(resolved) == recipe
     assert plainyaml.parse(recipe.to_yaml(), "t").keys() == Recipe.model_fields.keys()
+
+
+def test_every_packaged_recipe_can_be_built() -> None:
+    """Without memory, on the meta device: names, widths, grids, masks, heads and views fit each other."""
+    for name, _ in packaged_recipes():
+        recipe = load(name)
+        teacher = getattr(recipe.objective, "teacher", None)
+        with torch.device("meta"):
+            encoder = build_encoder(recipe.encoder, preprocessing_of(recipe.data, recipe.encoder), 0)
+            if teacher is None:
+                assert build_objective(recipe.objective, encoder).views, name
+        if teacher and not (packaged() / teacher).is_dir():  # a run of another recipe, or a model that timm can fetch
+            runs = [str(load(other).run_dir) for other, _ in packaged_recipes()]
+            assert teacher in runs or timm.get_pretrained_cfg(teacher).has_weights, name

@@ -63,7 +63,8 @@ def to_gray(pixels: Tensor) -> Tensor:
     """Luma (B, 1, H, W); one channel is its own."""
     if pixels.shape[1] != 3:
         return pixels.mean(1, keepdim=True)
-    return (pixels * pixels.new_tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    red, green, blue = pixels.split(1, dim=1)
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
 def adjust_brightness(pixels: Tensor, factor: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def shift_hue(pixels: Tensor, shift: Tensor) -> Tensor:
     safe = torch.where(span == 0, torch.ones_like(span), span)
     other = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     hue = torch.where(high == red, (green - blue) / safe, other) + 6 * shift  # in sixths of the circle
-    place = (hue + pixels.new_tensor((5, 3, 1)).view(3, 1, 1)) % 6
+    place = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
     return high - span * torch.minimum(place, 4 - place).clamp(0, 1)
 
 

@@ -22,8 +22,8 @@ class View(Section):
     size: int | None = Field(None, ge=1)
     """Side of the view, pixels; null: encoder.image_size. Smaller for the local views of multi-crop."""
     shift: int = Field(0, ge=0)
-    """Take the view from a neighbour at most so many samples away in its shard and of the same label (a frame of the same
-    clip); 0: from the image itself."""
+    """Take the view from a neighbour at most so many samples away in its shard and of the same label, which must say which
+    clip a frame is of (not its class: that would be learning from labels); 0: from the image itself."""
 
     crop_scale: tuple[float, float] | None = (0.2, 1.0)
     """Area of the random crop, least and most, as a share of the image; null: no random crop, as in evaluation."""

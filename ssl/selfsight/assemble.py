@@ -73,10 +73,12 @@ class Parts:
         """What a checkpoint must share with the run that goes on from it. Where the data lie is not part of it."""
         tree = self.recipe.model_dump(mode="json")
         train = {key: tree["train"][key] for key in ("batch_size", "precision", "ema")} | {"steps": self.steps}
+        if self.objective.compares_images:  # then micro-batches are not only a matter of memory
+            train["accumulate"] = tree["train"]["accumulate"]
         data = tree["data"] | {"train": self.shards.id}
-        return {"seed": tree["seed"], "data": data, "train": train} | {
-            key: tree[key] for key in ("encoder", "objective", "optim")
-        }
+        parts = {key: tree[key] for key in ("encoder", "objective", "optim")}
+        given = {"given to the objective": self.objective.outside} if self.objective.outside else {}
+        return {"seed": tree["seed"], "data": data, "train": train} | parts | given
 
     def tensors(self) -> dict[str, checkpoint.Tensors]:
         """What a checkpoint stores, by file."""
@@ -134,9 +136,15 @@ def assemble(recipe: Recipe, device: torch.device) -> Parts:
         torch.manual_seed(recipe.seed + 1)
         objective = build_objective(recipe.objective, encoder)
     notes += objective.check(Setting(batch // recipe.train.accumulate, shards.id, recipe.seed))
+    if any(view.shift for view in objective.views):
+        notes.append("view.shift: neighbours are told by label; labels must be clips, not classes that are scored")
+    if not objective.uses_head:
+        encoder.freeze_head()
     objective.to(device)
     average = copy.deepcopy(encoder).requires_grad_(False) if recipe.train.ema else None
     if recipe.train.compile:
+        # Blocks share their code, and each drop rate, size and grad mode is a graph of its own: more than torch's 8.
+        torch._dynamo.config.recompile_limit = 64
         for module in objective.modules():
             if isinstance(module, Encoder):
                 for block in module.blocks:

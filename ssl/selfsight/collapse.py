@@ -59,8 +59,13 @@ class CollapseWatch:
             self.flat[name] = self.flat[name] + 1 if few or found["std"] < limits.std else 0
             if self.flat[name] >= PATIENCE and name not in self.told:
                 self.told.add(name)
+                what = (
+                    "are a few for all images"
+                    if found["std"] >= limits.std
+                    else "of different images are nearly the same"
+                )
                 message = (
-                    f"step {step}: collapse: the {name} vectors of different images are nearly the same (std {found['std']:.4f}, "
+                    f"step {step}: collapse: the {name} vectors {what} (std {found['std']:.4f}, "
                     f"mean cosine {found['cosine']:.4f}, rank {found['rank']:.1f}) and have been for {PATIENCE * EVERY} steps; a lower "
                     "optim.lr, a larger batch, or the objective's own defaults usually help"
                 )

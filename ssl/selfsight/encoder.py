@@ -64,8 +64,13 @@ class Preprocessing(NamedTuple):
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation as (C, 1, 1)."""
-        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return mean, std
+        return _on_device(self.mean, device), _on_device(self.std, device)
+
+
+@cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Channel values as (C, 1, 1); sent once, for each sending waits for the device."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 class Encoder(nn.Module):
@@ -96,6 +101,13 @@ class Encoder(nn.Module):
         self._drop_paths = key_drop_paths(backbone)
         if "cls" in self.pool and not self.has_class_token:
             raise UsageError(f"encoder.pool: {self.pool}: this model has no class token; use mean or head")
+        if self.pool != "head":
+            self.freeze_head()
+
+    @property
+    def resizable(self) -> bool:
+        """Whether it takes images of other sizes, with `any_size`."""
+        return self.plain and getattr(self.backbone, "rope", None) is None
 
     @property
     def has_class_token(self) -> bool:
@@ -166,7 +178,7 @@ class Encoder(nn.Module):
         if not self.plain:
             if keep is not None or (mask is not None and not self.hierarchical):
                 raise UsageError(f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model")
-            return self._dense(images, mask, mask_token)
+            return self._as_tokens(self._dense(images, mask, mask_token))
         grid = self._grid_of(images, any_size)
         x = self._embed_patches(images, keep)
         if mask is not None:
@@ -193,14 +205,29 @@ class Encoder(nn.Module):
 
     def embed_pools(self, images: Tensor, pools: Sequence[str], draw: Draw | None = None) -> dict[str, Tensor]:
         """`embed` for several pools from one forward pass."""
-        features: dict[str, Tensor] = {}
-        if "head" in pools:
-            self._draw_drop_paths(images, draw)
-            features["head"] = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
-        if others := [pool for pool in pools if pool != "head"]:
+        return self.encode(images, pools, draw)[1]
+
+    def encode(
+        self, images: Tensor, pools: Sequence[str], draw: Draw | None = None
+    ) -> tuple[Tokens, dict[str, Tensor]]:
+        """Tokens, and features by pool, from one forward pass."""
+        if self.plain:
             tokens = self(images, draw=draw)
-            features |= {pool: pool_tokens(tokens, pool) for pool in others}
-        return features
+            raw = torch.cat(tokens, dim=1)
+        else:
+            self._draw_drop_paths(images, draw)
+            raw = self._dense(images)
+            tokens = self._as_tokens(raw)
+        head = self.backbone.forward_head
+        return tokens, {
+            pool: head(raw, pre_logits=True) if pool == "head" else pool_tokens(tokens, pool) for pool in pools
+        }
+
+    def freeze_head(self) -> None:
+        """Train nothing that comes after the tokens: for who does not use it, and DDP waits for every gradient."""
+        for name in ("attn_pool", "fc_norm", "head"):
+            if isinstance(module := getattr(self.backbone, name, None), nn.Module):
+                module.requires_grad_(False)
 
     def _grid_of(self, images: Tensor, any_size: bool) -> tuple[int, int]:
         """Rows and columns of patches of these images."""
@@ -211,7 +238,7 @@ class Encoder(nn.Module):
             also = f" or other whole patches of {self.patch} pixels" if any_size else ""
             raise UsageError(f"images of shape {tuple(images.shape[1:])}; the encoder takes {wanted}{also}")
         grid = (height // self.patch, width // self.patch)
-        if grid != self.grid and getattr(self.backbone, "rope", None) is not None:
+        if grid != self.grid and not self.resizable:
             raise UsageError(
                 f"{self.config.name} has rotary positions: images of {height} x {width} need a vit_* without"
             )
@@ -248,15 +275,17 @@ class Encoder(nn.Module):
             angles = angles.transpose(1, 2) if model.rope_mixed else angles
         return x, angles
 
-    def _dense(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
-        """A backbone with its own way: its last feature map as patch tokens, whatever the layout."""
+    def _dense(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """The last features of a backbone with its own way, in its own layout."""
         if mask is None:
-            x = self.backbone.forward_features(images)
-        else:  # the Swin family's own steps, with masked patches replaced after its stem
-            assert mask_token is not None
-            x = self.backbone.patch_embed(images)
-            x = torch.where(mask.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
-            x = self.backbone.norm(self.backbone.layers(x))
+            return self.backbone.forward_features(images)
+        assert mask_token is not None  # the Swin family's own steps, with masked patches replaced after its stem
+        x = self.backbone.patch_embed(images)
+        x = torch.where(mask.view(*x.shape[:3], 1), mask_token.to(x.dtype), x)
+        return self.backbone.norm(self.backbone.layers(x))
+
+    def _as_tokens(self, x: Tensor) -> Tokens:
+        """The last features as prefix and patch tokens, whatever the layout."""
         if x.ndim == 4:
             channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
             x = rearrange(x, "b h w d -> b (h w) d" if channels_last else "b d h w -> b (h w) d")

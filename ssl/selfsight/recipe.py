@@ -25,7 +25,7 @@ class DataConfig(Section):
     """Which images, and how they become tensors."""
 
     train: str | list[str]
-    """Shards to learn from: paths with {000..009} braces, globs or folders, or digits:train. Labels are not used."""
+    """Shards to learn from: paths with {000..009} braces, globs or folders, or digits:train. Labels are not used, but for view.shift."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
     std: tuple[float, ...] | None = None

@@ -13,7 +13,7 @@ from selfsight.errors import UsageError
 from selfsight.objectives.base import Setting
 from selfsight.objectives.configs import DistillConfig
 from selfsight.objectives.distill import Distill, origin
-from selfsight.objectives.teacher import Outputs, StoredTeacher, Teacher, digest_of, write_outputs
+from selfsight.objectives.teacher import Outputs, StoredTeacher, Teacher, write_outputs
 from selfsight.processes import join, loader_workers
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
@@ -36,14 +36,15 @@ def store_teacher(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | No
         Path(config.stored),
         recipe.model_copy(update={"objective": config.model_copy(update={"stored": None})}),
     )
-    device, workers = join(recipe).device, loader_workers(recipe)
+    accelerator, workers = join(recipe), loader_workers(recipe)
+    device = accelerator.device
     parts = assemble(live, device)
     objective, samples = parts.objective, len(parts.shards)
     assert isinstance(objective, Distill)
     teacher = objective.teacher
     assert isinstance(teacher, Teacher)
     of = origin(config, parts.encoder, Setting(0, parts.shards.id, recipe.seed))
-    about = {"weights": digest_of(teacher), "widths": teacher.widths}
+    about = {"weights": teacher.weights, "widths": teacher.widths}
     if folder.exists():
         stored = StoredTeacher(folder, config)
         stored.require(of)
@@ -62,7 +63,7 @@ def store_teacher(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | No
                 yield objective.taught(place(host))
                 bar(len(host.ids))
 
-    with torch.no_grad():
+    with torch.no_grad(), accelerator.autocast():  # in the precision in which it would teach live
         write_outputs(folder, of, about, rows.rows, outputs())
     console.say(f"{folder}: {rows.rows:,} rows, {config.augmentations} augmentations of {samples:,} samples")
     return folder

@@ -72,7 +72,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, D)."""
         x = x.float()
-        count = total(x.new_tensor(float(len(x)))).clamp(min=1)
+        count = total(x.new_full((), float(len(x)))).clamp(min=1)
         centred = x - total(x.sum(0)) / count
         variance = total(centred.square().sum(0)) / count
         return centred * (variance + self.eps).rsqrt() * self.weight + self.bias

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from selfsight.data.loader import Batch
 from selfsight.data.views import View
-from selfsight.encoder import Encoder, Tokens, pool_tokens
+from selfsight.encoder import Encoder, Tokens
+from selfsight.errors import UsageError
 from selfsight.objectives.configs import EMATeacherConfig, ObjectiveConfig
 from selfsight.optim import move_average
 
@@ -48,10 +49,20 @@ class Objective(nn.Module):
     augmentations: int | None = None
     """So many augmentations of each image, one an epoch in turn; None: every epoch has its own."""
 
+    outside: str = ""
+    """A hash of what it was given from outside the recipe (a teacher's weights); a resumed run must be given the same."""
+    uses_head: bool = True
+    """Whether it may train what comes after the encoder's tokens."""
+
     def __init__(self, encoder: Encoder, config: ObjectiveConfig) -> None:
         super().__init__()
         self.encoder = encoder
         self.config = config
+
+    @property
+    def compares_images(self) -> bool:
+        """Whether an image's loss depends on the other images of its batch."""
+        return False
 
     def forward(self, batch: Batch) -> Loss:
         """The loss of one batch."""
@@ -66,6 +77,11 @@ class Objective(nn.Module):
         Raises:
             UsageError: it cannot work so.
         """
+        if self.compares_images and setting.images < 2:
+            raise UsageError(
+                f"train.batch_size: {self.config.name} compares images with each other and would see one at a time "
+                "(batch_size / accumulate); it needs two at least"
+            )
         return []
 
     @property
@@ -77,20 +93,28 @@ class Objective(nn.Module):
         """Normalised images (B, C, S, S) by caption that show a person what the task is and how well it goes."""
         return {f"view {i + 1}": view for i, view in enumerate(batch.views)}
 
-    def tokens(self, batch: Batch, view: int) -> Tokens:
-        """All tokens of a view, encoded once for all objectives of a joint."""
-        images = batch.views[view]
+    def encoded(self, batch: Batch, view: int) -> tuple[Tokens, Tensor]:
+        """Tokens and feature (B, D) of a view, encoded once for all objectives of a joint.
+
+        The feature is what `Encoder.embed` gives, in training.
+        """
+        images, pool = batch.views[view], self.encoder.pool
         key = (id(self.encoder), id(images))  # both outlive the batch
         if key not in batch.shared:
             number = len(batch.shared)
-            batch.shared[key] = self.encoder(images, draw=lambda purpose, n: batch.uniform(f"{purpose} {number}", n))
+            tokens, features = self.encoder.encode(
+                images, (pool,), lambda purpose, n: batch.uniform(f"{purpose} {number}", n)
+            )
+            batch.shared[key] = tokens, features[pool]
         return batch.shared[key]
 
+    def tokens(self, batch: Batch, view: int) -> Tokens:
+        """All tokens of a view."""
+        return self.encoded(batch, view)[0]
+
     def feature(self, batch: Batch, view: int) -> Tensor:
-        """The image's feature (B, D) from a view: what `Encoder.embed` gives, in training."""
-        if self.encoder.pool == "head":
-            return self.encoder.embed(batch.views[view], draw=lambda purpose, n: batch.uniform(f"{purpose} {view}", n))
-        return pool_tokens(self.tokens(batch, view), self.encoder.pool)
+        """The image's feature (B, D) from a view."""
+        return self.encoded(batch, view)[1]
 
 
 class EMATaught(Objective):

@@ -18,6 +18,21 @@ class ObjectiveConfig(Section):
     name: str
     """Which objective."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_views(cls, tree: Any) -> Any:
+        """A view that is given in part keeps the rest of the objective's own, not of the plain default."""
+        if not isinstance(tree, dict):
+            return tree
+        tree = dict(tree)
+        for name, field in cls.model_fields.items():
+            default = tree.get("view") if name == "second_view" and field.default is None else field.default
+            if isinstance(default, View):
+                default = default.model_dump()
+            if isinstance(default, dict) and isinstance(tree.get(name), dict):
+                tree[name] = default | tree[name]
+        return tree
+
 
 class MAEConfig(ObjectiveConfig):
     """Masked autoencoder (He et al. 2022, arXiv 2111.06377): rebuild the pixels of hidden patches from the visible ones."""
@@ -105,7 +120,7 @@ class DistillConfig(ObjectiveConfig):
     patches: float = Field(0.0, ge=0)
     """Weight of the distance between patch tokens and the teacher's, resampled to the student's grid."""
     similarity: float = Field(0.0, ge=0)
-    """Weight of the distance between the batch's cosine similarities and the teacher's (Tung & Mori 2019, arXiv 1907.09682)."""
+    """Weight of the distance between the batch's cosine similarities and the teacher's (after Tung & Mori 2019, arXiv 1907.09682)."""
     logits: float = Field(0.0, ge=0)
     """Weight of the cross-entropy with the teacher's class probabilities (Hinton et al. 2015); the teacher needs a classifier."""
     distance: Literal["cosine", "l2"] = "cosine"
@@ -151,7 +166,7 @@ class DINOConfig(EMATeacherConfig):
     normalize_prototypes: bool = True
     """Prototypes have length 1; without it small models learn a little more, large ones diverge."""
     freeze_prototypes: float = Field(0.01, ge=0, le=1)
-    """Share of the steps in which the prototypes stay as they were drawn."""
+    """Share of the steps in which the prototypes are not trained."""
     student_temperature: float = Field(0.1, gt=0)
     """Sharpness of the student's distribution."""
     teacher_temperature: tuple[float, float] = (0.04, 0.07)

@@ -20,6 +20,7 @@ class Data2Vec(EMATaught):
     """Masked prediction in the space of features."""
 
     config: Data2VecConfig
+    uses_head = False
 
     def __init__(self, encoder: Encoder, config: Data2VecConfig) -> None:
         super().__init__(encoder, config)

@@ -37,6 +37,10 @@ class DINO(EMATaught):
             raise UsageError(
                 f"objective.local_view.size: {local} is not a multiple of the patch of {encoder.patch} pixels"
             )
+        if config.local_views and local != encoder.preprocessing.image_size and not encoder.resizable:
+            raise UsageError(
+                f"encoder.name: {encoder.config.name} takes no local views of another size; choose a vit_* without rope"
+            )
         self.head = Head(encoder.feature_width, config)
         self.teacher_head = Head(encoder.feature_width, config)
         self.heads: list[tuple[nn.Module, nn.Module]] = [(self.teacher_head, self.head)]
@@ -51,6 +55,12 @@ class DINO(EMATaught):
         self.center: Tensor
         # Sum and number of the teacher's outputs since the last step, of images and of patches.
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def compares_images(self) -> bool:
+        """Where a norm, Sinkhorn-Knopp or KoLeo looks at the batch."""
+        config = self.config
+        return config.head_norm or config.balance == "sinkhorn" or config.koleo > 0
 
     def averaged(self) -> list[tuple[nn.Module, nn.Module]]:
         """The encoder and every head."""
@@ -72,7 +82,7 @@ class DINO(EMATaught):
         if config.ibot:
             terms["ibot"] = self.patch_loss(taught, seen, masks, temperature, frozen)
         if config.koleo:
-            terms["koleo"] = (koleo(gather(features[0].float())) + koleo(gather(features[1].float()))) / 2
+            terms["koleo"] = koleo(gather(features[0].float())) + koleo(gather(features[1].float()))
         weights = {"dino": 1.0, "ibot": config.ibot, "koleo": config.koleo}
         loss = sum((weights[name] * term for name, term in terms.items()), logits.new_zeros(()))
         mean = total(targets.mean((0, 1))) / ranks()
@@ -94,7 +104,7 @@ class DINO(EMATaught):
             return []
 
         def draw(purpose: str, count: int) -> Tensor:
-            return torch.cat([batch.uniform(f"{purpose} {number + 2}", count) for number in range(len(views))])
+            return torch.cat([batch.uniform(f"{purpose} local {number}", count) for number in range(len(views))])
 
         tokens = self.encoder(torch.cat(views), any_size=True, draw=draw)
         return [Tokens(*parts) for parts in zip(*(part.chunk(len(views)) for part in tokens), strict=True)]
@@ -124,10 +134,10 @@ class DINO(EMATaught):
     def balanced(self, outputs: Tensor, temperature: float, which: int) -> Tensor:
         """The teacher's distributions from its outputs (V, B, K), kept from giving one answer to all."""
         if self.config.balance == "sinkhorn":
-            return torch.stack([sinkhorn(view, temperature) for view in outputs])
+            return sinkhorn(outputs.flatten(0, 1), temperature).view_as(outputs)
         if self.training:
             before = self.seen.get(which, (0, 0))
-            count = total(outputs.new_tensor(float(outputs.shape[0] * outputs.shape[1])))
+            count = total(outputs.new_full((), float(outputs.shape[0] * outputs.shape[1])))
             self.seen[which] = before[0] + total(outputs.sum((0, 1))), before[1] + count
         return F.softmax((outputs - self.center[which]) / temperature, dim=-1)
 
@@ -172,12 +182,15 @@ class Head(nn.Module):
         if frozen:  # a gradient of 0 and not None, for DDP waits for one
             prototypes = prototypes.detach() + 0 * prototypes
         prototypes = F.normalize(prototypes, dim=-1) if self.normalize else prototypes
-        return F.linear(F.normalize(self.mlp(x).float(), dim=-1), prototypes.float()).float()
+        unit = F.normalize(self.mlp(x).float(), dim=-1)
+        with exact(unit):
+            return F.linear(unit, prototypes)
 
 
 def cross_view_entropy(targets: Tensor, logits: Tensor) -> Tensor:
     """Mean cross-entropy over pairs of different views: targets (T, B, K), logits (S, B, K), views in the same order."""
-    pairs = -torch.einsum("tbk,sbk->ts", targets, F.log_softmax(logits, dim=-1)) / targets.shape[1]
+    with exact(logits):
+        pairs = -torch.einsum("tbk,sbk->ts", targets, F.log_softmax(logits, dim=-1)) / targets.shape[1]
     other = ~torch.eye(len(targets), len(logits), dtype=torch.bool, device=logits.device)
     return (pairs * other).sum() / other.sum()
 
@@ -193,8 +206,8 @@ def sinkhorn(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:
     Sums over images are those of all ranks.
     """
     logits = logits.float() / temperature
-    shares = (logits - largest(logits.max() if logits.numel() else logits.new_tensor(-torch.inf))).exp()
-    images = total(logits.new_tensor(float(len(logits)))).clamp(min=1)
+    shares = (logits - largest(logits.max() if logits.numel() else logits.new_full((), -torch.inf))).exp()
+    images = total(logits.new_full((), float(len(logits)))).clamp(min=1)
     for _ in range(rounds):
         shares = shares / total(shares.sum(0)).clamp(min=1e-30) / logits.shape[1]
         shares = shares / shares.sum(1, keepdim=True) / images

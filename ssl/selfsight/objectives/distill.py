@@ -34,7 +34,7 @@ class Distill(Objective):
             if config.stored
             else load_teacher(config, encoder.preprocessing),
         )
-        widths = self.teacher.widths
+        widths, self.outside = self.teacher.widths, self.teacher.weights
         if config.embedding:
             self.project = projector(encoder.feature_width, widths["embedding"])
         if config.patches:
@@ -73,11 +73,16 @@ class Distill(Objective):
         assert batch.keys is not None
         return teacher(batch.keys, images.device)
 
+    @property
+    def compares_images(self) -> bool:
+        """Where similarities are learned."""
+        return self.config.similarity > 0
+
     def check(self, setting: Setting) -> list[str]:
         """Whether the stored teacher is this run's."""
         if isinstance(self.teacher, StoredTeacher):
             self.teacher.require(origin(self.config, self.encoder, setting))
-        return []
+        return super().check(setting)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distill":
         """A live teacher goes to the student's device."""

@@ -42,6 +42,8 @@ class Joint(Objective):
         if counted and counted != [next(iter(self.parts))]:  # a stored teacher has seen the first view
             raise UsageError("objective.parts: a part with augmentations must be the first, and the only one")
         self.augmentations = self.objectives[0].augmentations
+        self.outside = " ".join(part.outside for part in self.objectives if part.outside)
+        self.uses_head = any(part.uses_head for part in self.objectives)
         if len({id(part.scored) for part in self.objectives} - {id(encoder)}) > 1:
             raise UsageError("objective.parts: two of them train a teacher; only one can be scored and exported")
 
@@ -49,6 +51,11 @@ class Joint(Objective):
     def objectives(self) -> list[Objective]:
         """The parts."""
         return [part for part in self.parts.values() if isinstance(part, Objective)]
+
+    @property
+    def compares_images(self) -> bool:
+        """If a part does."""
+        return any(part.compares_images for part in self.objectives)
 
     @property
     def scored(self) -> Encoder:

@@ -24,6 +24,7 @@ class MAE(Objective):
     """Rebuild hidden patches from visible ones."""
 
     config: MAEConfig
+    uses_head = False
 
     def __init__(self, encoder: Encoder, config: MAEConfig) -> None:
         super().__init__(encoder, config)

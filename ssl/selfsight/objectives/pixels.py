@@ -34,19 +34,17 @@ def ms_ssim(a: Tensor, b: Tensor, preprocessing: Preprocessing) -> Tensor:
     scales = 1
     while scales < len(SCALES) and min(a.shape[-2:]) // 2**scales >= window:
         scales += 1
-    exponents = torch.tensor(SCALES[:scales], device=a.device)
-    exponents = exponents / exponents.sum()
-    values = []
+    similarity = torch.ones(a.shape[:2], device=a.device)
     for scale in range(scales):
         with exact(a):
             luminance, structure = _ssim(a, b, window)
         last = scale == scales - 1
-        values.append((luminance * structure if last else structure).mean((2, 3)))
+        # Below 0 there is no root, and at 0 no finite gradient of one.
+        value = (luminance * structure if last else structure).mean((2, 3)).clamp(min=1e-6)
+        similarity = similarity * value ** (SCALES[scale] / sum(SCALES[:scales]))
         if not last:
             a, b = (F.avg_pool2d(x, 2) for x in (a, b))
-    # Below 0 there is no root, and at 0 no finite gradient of one.
-    stacked = torch.stack(values, dim=-1).clamp(min=1e-6)
-    return (stacked**exponents).prod(-1).mean()
+    return similarity.mean()
 
 
 def _ssim(a: Tensor, b: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class Rotation(Objective):
         )
         logits = self.head(features).float()
         right = (logits.argmax(1) == labels).float().mean()
-        return Loss(F.cross_entropy(logits, labels), {"accuracy": right, "floor": logits.new_tensor(log(4))})
+        return Loss(F.cross_entropy(logits, labels), {"accuracy": right, "floor": logits.new_full((), log(4))})
 
     def turn(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Turned images and their labels: (B, C, S, S) and (B,), or all four turns of the batch one after the other."""

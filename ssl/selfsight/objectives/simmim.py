@@ -15,6 +15,7 @@ class SimMIM(Objective):
     """Regress masked pixels; on plain and on hierarchical (Swin) backbones."""
 
     config: SimMIMConfig
+    uses_head = False
 
     def __init__(self, encoder: Encoder, config: SimMIMConfig) -> None:
         super().__init__(encoder, config)

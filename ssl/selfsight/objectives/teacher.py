@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfsight.encoder import Encoder, Preprocessing, pool_tokens
+from selfsight.encoder import Encoder, Preprocessing
 from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.objectives.configs import DistillConfig
 from selfsight.recipe import packaged
@@ -48,6 +48,7 @@ class Teacher(nn.Module):
             if config.top_k and config.top_k > classifier.out_features:
                 raise UsageError(f"objective.top_k: {config.top_k} of the teacher's {classifier.out_features} classes")
         self.requires_grad_(False).eval()
+        self.weights = digest_of(self)
 
     @torch.no_grad()
     def forward(self, images: Tensor, made: Preprocessing) -> Outputs:
@@ -57,17 +58,17 @@ class Teacher(nn.Module):
             Of embedding (B, D), patches (B, N, D), and the largest probabilities (B, K) with their classes (B, K).
         """
         images = self.as_input(images, made)
+        config = self.config
         outputs: Outputs = {}
-        tokens = self.encoder(images) if self.config.patches else None
-        if tokens is not None:
+        own = (self.encoder.pool,) if config.embedding or config.similarity else ()
+        tokens, features = self.encoder.encode(images, (*own, *(("head",) if self.classifier is not None else ())))
+        if own:
+            outputs["embedding"] = features[self.encoder.pool].float()
+        if config.patches:
             outputs["patches"] = tokens.patches.float()
-        if self.config.embedding or self.config.similarity:
-            pooled = tokens is not None and self.encoder.pool != "head"
-            embedding = pool_tokens(tokens, self.encoder.pool) if tokens and pooled else self.encoder.embed(images)
-            outputs["embedding"] = embedding.float()
         if self.classifier is not None:
-            logits = self.classifier(self.encoder.embed(images, "head")).float()
-            found = F.softmax(logits / self.config.temperature, dim=-1).topk(self.config.top_k or logits.shape[1])
+            logits = self.classifier(features["head"]).float()
+            found = F.softmax(logits / config.temperature, dim=-1).topk(config.top_k or logits.shape[1])
             outputs |= {"probabilities": found.values, "classes": found.indices}
         return outputs
 
@@ -84,10 +85,10 @@ class Teacher(nn.Module):
         return (images - mean) / std
 
 
-def digest_of(teacher: Teacher) -> str:
+def digest_of(module: nn.Module) -> str:
     """A short hash of its weights."""
     digest = sha256()
-    for name, tensor in sorted(teacher.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

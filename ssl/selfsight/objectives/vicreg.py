@@ -42,18 +42,16 @@ class VICReg(Objective):
         watched = F.pad(first.detach(), (0, 1), value=sqrt(first.shape[1]))
         return Loss(loss, {name: term.detach() for name, term in terms.items()}, {"embedding": watched})
 
+    @property
+    def compares_images(self) -> bool:
+        """Always."""
+        return True
+
     def check(self, setting: Setting) -> list[str]:
         """Whether the gathered batch has statistics worth the name."""
-        images = setting.images
-        if images < 2:
-            raise UsageError(
-                "train.batch_size: vicreg compares images with each other and sees one at a time "
-                "(batch_size / accumulate); it needs two at least"
-            )
         advice = "train.accumulate does not enlarge it; more images on a GPU, more GPUs, or train.checkpoint_blocks do"
-        return (
-            [f"vicreg: its statistics are those of {images} images, fewer than {FEW}; {advice}"] if images < FEW else []
-        )
+        few = f"vicreg: its statistics are those of {setting.images} images, fewer than {FEW}; {advice}"
+        return super().check(setting) + ([few] if setting.images < FEW else [])
 
 
 def variance(z: Tensor) -> Tensor:

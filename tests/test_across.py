@@ -79,7 +79,7 @@ def test_ranks_change_nothing(found: dict[int, dict[str, Any]], name: str, world
         assert several["loss"].item() == pytest.approx(one["loss"].item(), rel=1e-5)
         assert several["terms"].keys() == one["terms"].keys()
         for term, value in one["terms"].items():
-            assert several["terms"][term].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), term
+            assert several["terms"][term].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6), term
         assert several["gradients"].keys() == one["gradients"].keys()
         # Some gradients are 0 but for rounding, such as that of a bias before a batch norm.
         scale = max(gradient.abs().max().item() for gradient in one["gradients"].values())

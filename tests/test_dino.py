@@ -126,7 +126,7 @@ def slow(objective: DINO, batch: Batch, temperature: float) -> dict[str, Any]:
                 patch_losses.append(np.mean(own) if own else 0.0)
         found |= {"ibot": np.mean(patch_losses), "patch mean": np.mean(patch_outputs, axis=0)}
     if objective.config.koleo:
-        found["koleo"] = np.mean([slow_koleo(feature.double().numpy()) for feature in features[:2]])
+        found["koleo"] = sum(slow_koleo(feature.double().numpy()) for feature in features[:2])
     return found
 
 
@@ -265,13 +265,14 @@ def test_sinkhorn_takes_the_place_of_the_center() -> None:
     with torch.no_grad():
         outputs = [objective.teacher_head(objective.teacher(view).patches.mean(1)) for view in batch.views[:2]]
         found = objective(batch)
-        assert torch.allclose(found.watched["teacher"], sinkhorn(outputs[0], 0.055), atol=1e-6)
+        balanced = sinkhorn(torch.cat(outputs), 0.055)  # both views together, as in DINOv2
+        assert torch.allclose(found.watched["teacher"], balanced[:6], atol=1e-6)
         features = [objective.encoder(v, mask=objective.mask(batch, i), mask_token=objective.mask_token)
                     for i, v in enumerate(batch.views[:2])]  # fmt: skip
         pooled = [tokens.patches.mean(1) for tokens in features]
         pooled += [objective.encoder(view, any_size=True).patches.mean(1) for view in batch.views[2:]]
         logits = torch.stack([objective.head(feature) / 0.1 for feature in pooled])
-        expected = cross_view_entropy(torch.stack([sinkhorn(out, 0.055) for out in outputs]), logits)
+        expected = cross_view_entropy(torch.stack([balanced[:6], balanced[6:]]), logits)
     assert found.terms["dino"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert found.terms["ibot"].isfinite() and found.terms["ibot"] > 0
     objective.after_step(1, 10)

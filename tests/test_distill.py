@@ -750,22 +750,24 @@ def test_the_command_writes_it(
 
 def test_an_interrupted_writer_leaves_no_folder(tmp_path: Path) -> None:
     def outputs(last: Tensor | None) -> Iterator[dict[str, Tensor]]:
-        yield {"embedding": torch.arange(6.0).view(3, 2), "classes": torch.tensor([[5], [70_000], [2]])}
+        classes = {"probabilities": torch.ones(3, 1), "classes": torch.tensor([[5], [70_000], [2]])}
+        yield {"embedding": torch.arange(6.0).view(3, 2)} | classes
         if last is None:
             raise KeyboardInterrupt
-        yield {"embedding": last, "classes": torch.tensor([[1], [0]])}
+        yield {"embedding": last, "probabilities": torch.ones(2, 1), "classes": torch.tensor([[1], [0]])}
 
-    folder, of, widths = tmp_path / "a" / "stored", {"seed": 3}, {"embedding": 2}
+    folder, of = tmp_path / "a" / "stored", {"seed": 3}
+    about = {"weights": "0123", "widths": {"embedding": 2, "classes": 80_000}}
     with pytest.raises(KeyboardInterrupt):
-        write_outputs(folder, of, widths, 5, outputs(None))
+        write_outputs(folder, of, about, 5, outputs(None))
     for bad in (float("nan"), float("inf")):
         with pytest.raises(NumericError, match=r"embedding are not finite in float16 \(row 3\)"):
-            write_outputs(folder, of, widths, 5, outputs(torch.tensor([[1.0, 2.0], [bad, 0.0]])))
+            write_outputs(folder, of, about, 5, outputs(torch.tensor([[1.0, 2.0], [bad, 0.0]])))
     assert not folder.exists()
-    write_outputs(folder, of, widths, 5, outputs(torch.tensor([[7.0, 8.0], [9.0, 10.0]])))
+    write_outputs(folder, of, about, 5, outputs(torch.tensor([[7.0, 8.0], [9.0, 10.0]])))
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["stored"]
     assert json.loads((folder / "teacher.json").read_text())["of"] == of
-    teacher = StoredTeacher(folder, DistillConfig(teacher="x"))
+    teacher = StoredTeacher(folder, DistillConfig(teacher="x", logits=1.0))
     teacher.require({"seed": 3})
     with pytest.raises(UsageError, match=r"another recipe: seed \(was 3, is 4\)"):
         teacher.require({"seed": 4})

@@ -31,12 +31,17 @@ from selfsight.recipe import DataConfig, EncoderConfig, load
 TINY: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2}
 MAE: dict[str, Any] = {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 ROTATION: dict[str, Any] = {"name": "rotation"}
-VICREG: dict[str, Any] = {"name": "vicreg", "expander_width": 8, "expander_layers": 2, "view": {"flip": 0.0}}
+VICREG: dict[str, Any] = {
+    "name": "vicreg",
+    "expander_width": 8,
+    "expander_layers": 2,
+    "view": View(flip=0.0).model_dump(),
+}
 DINO: dict[str, Any] = {
     "name": "dino", "outputs": 8, "head_width": 8, "bottleneck": 4, "local_views": 0, "freeze_prototypes": 0.0
 }  # fmt: skip
 DATA2VEC: dict[str, Any] = {"name": "data2vec", "mask_size": 4}
-TWO: dict[str, Any] = {**VICREG, "second_view": {"flip": 1.0}}
+TWO: dict[str, Any] = {**VICREG, "second_view": View(flip=1.0).model_dump()}
 CPU = torch.device("cpu")
 
 

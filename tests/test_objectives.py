@@ -21,12 +21,13 @@ import torch
 from selfsight import cli, objectives
 from selfsight.assemble import assemble
 from selfsight.data.loader import Batch
+from selfsight.data.views import View
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.export import load_encoder
 from selfsight.objectives import OBJECTIVES, build_objective, config_type, load_plugin, parse_objective
 from selfsight.objectives.base import Objective
-from selfsight.objectives.configs import MAEConfig, ObjectiveConfig, VICRegConfig
+from selfsight.objectives.configs import DINOConfig, MAEConfig, ObjectiveConfig, VICRegConfig
 from selfsight.recipe import DataConfig, EncoderConfig, load
 from selfsight.run_folder import read_lines
 
@@ -42,6 +43,7 @@ from pydantic import Field
 from torch import nn
 
 from selfsight.data.loader import Batch
+from selfsight.data.views import View
 from selfsight.data.views import View
 from selfsight.encoder import Encoder
 from selfsight.objectives.base import Loss, Objective
@@ -386,3 +388,41 @@ def test_stochastic_depth_differs_between_views(pool: str) -> None:
     objective = Objective(encode(drop_path=0.5, depth=6, pool=pool), ObjectiveConfig(name="none")).train()
     batch = make_batch()
     assert not torch.allclose(objective.feature(batch, 0), objective.feature(batch, 1), atol=1e-4)
+
+
+def test_a_view_given_in_part_keeps_the_objectives_own() -> None:
+    own = load("imagenet/dino-s16").objective
+    changed = load("imagenet/dino-s16", {"objective.local_view.size": 64}).objective
+    assert isinstance(own, DINOConfig) and isinstance(changed, DINOConfig)
+    assert own.local_view.jitter == 0.8
+    assert changed.local_view == own.local_view.model_copy(update={"size": 64})
+    pair = load("imagenet/vicreg-s16", {"objective.second_view.shift": 8}).objective
+    assert isinstance(pair, VICRegConfig) and pair.second_view is not None
+    assert pair.view.crop_scale == (0.08, 1.0)
+    assert pair.second_view == pair.view.model_copy(update={"shift": 8})
+    assert VICRegConfig(second_view=View(flip=1.0)).second_view == View(flip=1.0)
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim", "data2vec"])
+def test_what_follows_the_tokens_is_not_trained_by_who_does_not_use_it(name: str, small_shards: Path) -> None:
+    """DDP waits for a gradient of every parameter that is trained."""
+    own = {"objective.decoder_width": 16} if name == "mae" else {"objective.mask_size": 4}
+    sizes = {"encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2, "train.steps": 1, "train.epochs": None}
+    sets = {"run_dir": "never-made", "data.train": str(small_shards), "eval.train": None, "eval.test": None}
+    model = {"encoder.name": "vit_base_patch16_siglip_224", "encoder.pool": "head", "objective.name": name}
+    parts = assemble(load("digits/mae", sets | sizes | model | own), torch.device("cpu"))
+    parts.objective(parts.placer(torch.device("cpu"))(parts.batches()[0])).total.backward()
+    lacking = [key for key, p in parts.objective.named_parameters() if p.requires_grad and p.grad is None]
+    assert lacking == []
+    assert not any(p.requires_grad for key, p in parts.encoder.named_parameters() if "attn_pool" in key)
+
+
+def test_one_image_at_a_time_is_refused_by_who_compares_them(small_shards: Path) -> None:
+    sets = {"run_dir": "never-made", "data.train": str(small_shards), "eval.train": None, "eval.test": None}
+    for name in ("vicreg", "dino"):
+        with pytest.raises(UsageError, match=rf"train.batch_size: {name} compares images with each other"):
+            assemble(load(f"digits/{name}", sets | {"train.batch_size": 4, "train.accumulate": 4}), torch.device("cpu"))
+    parts = assemble(load("digits/dino", sets | {"train.batch_size": 4, "train.accumulate": 2}), torch.device("cpu"))
+    assert parts.fingerprint()["train"]["accumulate"] == 2
+    alone = assemble(load("digits/mae", sets | {"train.batch_size": 4, "train.accumulate": 4}), torch.device("cpu"))
+    assert "accumulate" not in alone.fingerprint()["train"]

@@ -607,3 +607,18 @@ def test_initial_heads_tell_vectors_apart_and_biases_are_zero() -> None:
     assert all(not own.bias.any() and own.weight.std() > 0.005 for own in head.mlp if isinstance(own, nn.Linear))
     out = head(F.normalize(torch.randn(50, 24), dim=-1))
     assert out.std(0).min() > 0.05
+
+
+def test_the_loss_is_as_precise_as_its_logits_under_autocast() -> None:
+    torch.manual_seed(1)
+    targets, logits = torch.randn(2, 5, 64).softmax(-1), 10 * torch.randn(4, 5, 64)
+    config = make(outputs=64).config
+    head, features = Head(24, config), torch.randn(5, config.bottleneck)
+    with torch.no_grad():
+        alone = cross_view_entropy(targets, logits)
+        head.mlp = torch.nn.Sequential()  # what comes before may be rounded
+        plain = head(features)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(cross_view_entropy(targets, logits), alone)
+            assert torch.equal(head(features), plain)
+    assert plain.dtype == torch.float32

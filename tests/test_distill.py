@@ -41,7 +41,7 @@ from selfsight.export import export
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import DistillConfig
 from selfsight.objectives.distill import Distill, resample, soft_cross_entropy
-from selfsight.objectives.teacher import StoredTeacher, Teacher, load_teacher, square, write_outputs
+from selfsight.objectives.teacher import StoredTeacher, Teacher, digest_of, load_teacher, square, write_outputs
 from selfsight.recipe import DataConfig, EncoderConfig, Recipe, load
 from selfsight.teach import store_teacher
 
@@ -780,3 +780,16 @@ def test_outputs_too_large_for_float16_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NumericError, match=r"embedding are not finite in float16 \(row 0\)"):
         write_outputs(tmp_path / "stored", {}, {"embedding": 1}, 1, iter([{"embedding": torch.tensor([[1e6]])}]))
     assert not (tmp_path / "stored").exists()
+
+
+def test_a_resumed_run_is_given_the_same_teacher(teaching: Fields) -> None:
+    parts = assemble(recipe_of(teaching, objective__stored=None), CPU)
+    assert isinstance(parts.objective, Distill) and isinstance(parts.objective.teacher, Teacher)
+    teacher = parts.objective.teacher
+    assert parts.fingerprint()["given to the objective"] == teacher.weights == digest_of(teacher)
+    with torch.no_grad():
+        next(teacher.parameters()).add_(1e-3)
+    assert digest_of(teacher) != teacher.weights
+    store_teacher(recipe_of(teaching))
+    stored = assemble(recipe_of(teaching), CPU)
+    assert stored.fingerprint()["given to the objective"] == teacher.weights

@@ -413,3 +413,16 @@ def test_a_timm_model_that_cannot_be_fetched_is_one_line(tmp_path: Path, monkeyp
         load_encoder("no_such_model")
     with pytest.raises(UsageError, match="no pretrained weights under this name"):
         load_encoder("vit_tiny_patch16_224.typo")
+
+
+@pytest.mark.parametrize("fields", [PLAIN[1], PLAIN[7], OTHERS[0]])
+@torch.inference_mode()
+def test_tokens_and_features_come_from_one_pass(fields: dict[str, Any]) -> None:
+    encoder, passes = make(**fields), []
+    encoder.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    pools = ("head", "mean")
+    tokens, features = encoder.encode(images(encoder), pools)
+    assert len(passes) == 1
+    assert torch.equal(tokens.patches, encoder(images(encoder)).patches)
+    for pool in pools:
+        assert torch.allclose(features[pool], encoder.embed(images(encoder), pool), atol=1e-6)

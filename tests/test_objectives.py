@@ -10,6 +10,7 @@ without `head`, draws of stochastic depth taken from torch's generator or the sa
 
 import copy
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
 from selfsight import cli, objectives
 from selfsight.assemble import assemble
@@ -174,6 +176,31 @@ def test_a_recipe_holds_names_and_no_code(module: Module, tmp_path: Path) -> Non
 
 
 # --- --plugin ---
+
+
+def test_the_documented_objective_is_one(module: Module, small_shards: Path) -> None:
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(example.splitlines()) <= 35
+    load_plugin(module("documented", example))
+    sets = {"run_dir": "never-made", "data.train": str(small_shards), "eval.train": None, "eval.test": None}
+    parts = assemble(load("digits/mae", sets | {"objective.name": "brightness"}), CPU)
+    batch = parts.placer(CPU)(parts.batches()[0])
+    loss = parts.objective(batch)
+    loss.total.backward()
+    target = batch.views[0].flatten(1).double().mean(1)
+    assert loss.terms["floor"].item() == pytest.approx((target - target.mean()).square().mean().item(), rel=1e-4)
+    assert all(p.grad is not None for p in parts.objective.parameters() if p.requires_grad)
+
+
+def test_a_plugin_may_lie_in_the_folder_where_the_command_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lies_here.py").write_text("OBJECTIVES = {}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert cli.main(["pretrain", "digits/mae", "--plugin", "lies_here"]) == 2
+    assert "--plugin lies_here: has no OBJECTIVES" in capsys.readouterr().err
 
 
 def test_an_objective_from_elsewhere_trains(

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if named := plugins or getattr(options, "plugin", None):
             from selfsight.objectives import load_plugin
 
+            sys.path.append(
+                str(Path.cwd())
+            )  # `python -m selfsight` looks here by itself, the `selfsight` script does not
             for module in named.split(","):
                 load_plugin(module)
         return options.run(options) or 0

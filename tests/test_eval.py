@@ -22,6 +22,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from timm.data import create_transform
 
+from selfsight import cli
 from selfsight.data.build import write_shards
 from selfsight.data.decode import decode
 from selfsight.data.shards import Shards
@@ -365,7 +366,13 @@ def test_rankme_sees_collapse() -> None:
     assert rankme(torch.eye(8).repeat(10, 1)) == pytest.approx(8, abs=1e-3)
 
 
-def test_eval_from_the_command_line(encoder: Encoder, tmp_path: Path, selfsight: Callable[..., Any]) -> None:
+def test_eval_from_the_command_line(
+    encoder: Encoder,
+    tmp_path: Path,
+    selfsight: Callable[..., Any],
+    unchecked_export: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from selfsight.export import export
 
     export(encoder, tmp_path / "enc", {})
@@ -375,7 +382,9 @@ def test_eval_from_the_command_line(encoder: Encoder, tmp_path: Path, selfsight:
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer == evaluate(tmp_path / "enc", "digits:train", "digits:test", evaluators=("knn",))
-    done = selfsight("eval", tmp_path / "enc", "--train", "digits:train", "--test", "digits:test", "--with", "knn")
-    assert "random-init" in done.stdout
-    assert "pixels" in done.stdout
-    assert "kNN: cosine" in done.stderr
+    sets = ["--train", "digits:train", "--test", "digits:test"]
+    assert cli.main(["eval", str(tmp_path / "enc"), *sets, "--with", "knn"]) == 0
+    shown = capsys.readouterr()
+    assert "random-init" in shown.out
+    assert "pixels" in shown.out
+    assert "kNN: cosine" in shown.err

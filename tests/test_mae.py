@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from reference.transformers_vit import block_as_ours
 from scipy import ndimage
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -390,12 +391,5 @@ def as_ours(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         )
         for mine, other in (("encoder.backbone.blocks", "vit.layers"), ("blocks", "decoder.decoder_layers")):
             for block in range(2):
-                a, b = f"{mine}.{block}", f"{other}.{block}"
-                qkv = [theirs[f"{b}.attention.{name}_proj.{part}"] for name in "qkv"]
-                ours[f"{a}.attn.qkv.{part}"] = torch.cat(qkv)
-                ours[f"{a}.attn.proj.{part}"] = theirs[f"{b}.attention.o_proj.{part}"]
-                ours[f"{a}.norm1.{part}"] = theirs[f"{b}.layernorm_before.{part}"]
-                ours[f"{a}.norm2.{part}"] = theirs[f"{b}.layernorm_after.{part}"]
-                for layer in ("fc1", "fc2"):
-                    ours[f"{a}.mlp.{layer}.{part}"] = theirs[f"{b}.mlp.{layer}.{part}"]
+                ours |= block_as_ours(theirs, f"{other}.{block}", f"{mine}.{block}", part)
     return ours

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from reference.transformers_vit import block_as_ours
 from torch import Tensor
 from transformers import ViTConfig, ViTForMaskedImageModeling
 
@@ -322,12 +323,5 @@ def as_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     for part in ("weight", "bias"):
         ours[f"encoder.backbone.norm.{part}"] = theirs[f"vit.layernorm.{part}"]
         for block in range(2):
-            a, b = f"encoder.backbone.blocks.{block}", f"vit.layers.{block}"
-            qkv = [theirs[f"{b}.attention.{name}_proj.{part}"] for name in "qkv"]
-            ours[f"{a}.attn.qkv.{part}"] = torch.cat(qkv)
-            ours[f"{a}.attn.proj.{part}"] = theirs[f"{b}.attention.o_proj.{part}"]
-            ours[f"{a}.norm1.{part}"] = theirs[f"{b}.layernorm_before.{part}"]
-            ours[f"{a}.norm2.{part}"] = theirs[f"{b}.layernorm_after.{part}"]
-            for layer in ("fc1", "fc2"):
-                ours[f"{a}.mlp.{layer}.{part}"] = theirs[f"{b}.mlp.{layer}.{part}"]
+            ours |= block_as_ours(theirs, f"vit.layers.{block}", f"encoder.backbone.blocks.{block}", part)
     return ours

@@ -66,6 +66,11 @@ class Preprocessing(NamedTuple):
         """Mean and standard deviation as (C, 1, 1)."""
         return _on_device(self.mean, device), _on_device(self.std, device)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised images (..., C, H, W) back in 0..1."""
+        mean, std = self.statistics(images.device)
+        return images * std + mean
+
 
 @cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:

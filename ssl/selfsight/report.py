@@ -137,8 +137,7 @@ def picture_rows(parts: Parts, device: torch.device) -> list[dict[str, Any]]:
 
 def png(image: Tensor, made: Preprocessing) -> str:
     """A normalised image (C, S, S) as a data URL; 1 or 3 channels as they are, of more the first."""
-    mean, std = made.statistics(image.device)
-    pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().numpy()
+    pixels = (made.pixels(image).clamp(0, 1) * 255).round().byte().numpy()
     array = np.moveaxis(pixels, 0, -1) if len(pixels) == 3 else pixels[0]
     out = BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(out, "PNG", optimize=True)

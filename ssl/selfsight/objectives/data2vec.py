@@ -13,7 +13,7 @@ from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.objectives.base import EMATaught, Loss
 from selfsight.objectives.configs import Data2VecConfig
-from selfsight.objectives.masks import cells_of, enlarge, mask_lowest
+from selfsight.objectives.masks import cells_of, enlarge, mask_squares
 
 
 class Data2Vec(EMATaught):
@@ -36,7 +36,7 @@ class Data2Vec(EMATaught):
     def forward(self, batch: Batch) -> Loss:
         """Smooth L1 over masked patches (equation 2)."""
         images = batch.views[0]
-        cells = mask_lowest(batch.uniform("mask", self.side**2), self.masked).view(-1, self.side, self.side)
+        cells = mask_squares(batch.uniform("mask", self.side**2), self.side, self.masked)
         mask = enlarge(cells, self.config.mask_size // self.encoder.patch).flatten(1)
         with torch.no_grad():
             target = self.teacher(images).patches.float()

@@ -19,6 +19,11 @@ def mask_lowest(draws: Tensor, count: Tensor | int) -> Tensor:
     return draws.argsort(dim=1).argsort(dim=1) < count
 
 
+def mask_squares(draws: Tensor, side: int, masked: int) -> Tensor:
+    """(B, side, side) bool: the `masked` squares of each image with the lowest numbers (B, side^2)."""
+    return mask_lowest(draws, masked).view(-1, side, side)
+
+
 def enlarge(mask: Tensor, factor: int) -> Tensor:
     """(B, H, W) -> (B, factor H, factor W): every cell becomes a square."""
     return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

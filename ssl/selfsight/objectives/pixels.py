@@ -28,8 +28,7 @@ def ms_ssim(a: Tensor, b: Tensor, preprocessing: Preprocessing) -> Tensor:
     Images too small for five scales of an 11-pixel window are compared at as many as fit, their exponents scaled to the
     same sum of 1; an image smaller than the window with a window of its size.
     """
-    mean, std = preprocessing.statistics(a.device)
-    a, b = a * std + mean, b * std + mean
+    a, b = preprocessing.pixels(a), preprocessing.pixels(b)
     window = min(WINDOW, min(a.shape[-2:]))
     scales = 1
     while scales < len(SCALES) and min(a.shape[-2:]) // 2**scales >= window:

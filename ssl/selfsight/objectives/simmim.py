@@ -8,7 +8,7 @@ from selfsight.encoder import Encoder, unpatchify
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import SimMIMConfig
-from selfsight.objectives.masks import cells_of, enlarge, mask_lowest
+from selfsight.objectives.masks import cells_of, enlarge, mask_squares
 
 
 class SimMIM(Objective):
@@ -38,8 +38,7 @@ class SimMIM(Objective):
 
     def cells(self, batch: Batch) -> Tensor:
         """Which squares are masked: (B, side, side) bool."""
-        draws = batch.uniform("mask", self.side**2)
-        return mask_lowest(draws, self.masked).view(-1, self.side, self.side)
+        return mask_squares(batch.uniform("mask", self.side**2), self.side, self.masked)
 
     def rebuild(self, batch: Batch, cells: Tensor) -> Tensor:
         """Predicted pixels of the whole image (B, C, S, S)."""

@@ -75,8 +75,7 @@ class Teacher(nn.Module):
     def as_input(self, images: Tensor, made: Preprocessing) -> Tensor:
         """The student's images as the teacher wants them: its size, channels and normalisation."""
         own = self.encoder.preprocessing
-        mean, std = made.statistics(images.device)
-        images = images * std + mean
+        images = made.pixels(images)
         if own.channels == 3 and made.channels == 1:
             images = images.expand(-1, 3, -1, -1)
         if own.image_size != images.shape[-1]:

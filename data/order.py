@@ -44,7 +44,9 @@ def _hash(x: Ids, key: NDArray[np.uint64], bound: int) -> Ids:
 
 
 def rank_positions(step: int, batch_size: int, rank: int = 0, world: int = 1, micro: int = 0, micros: int = 1) -> Ids:
-    """The positions of one micro-batch: step s, slot j -> s * batch_size + j, slots split evenly over ranks, then micros.
+    """The positions of one micro-batch: step s, slot j -> s * batch_size + j, slots split over micro-batches, then ranks.
+
+    In this order a micro-batch holds the same samples on any number of ranks.
 
     Raises:
         ValueError: `batch_size` is not a multiple of world * micros.
@@ -52,5 +54,5 @@ def rank_positions(step: int, batch_size: int, rank: int = 0, world: int = 1, mi
     share, rest = divmod(batch_size, world * micros)
     if rest:
         raise ValueError(f"a global batch of {batch_size} does not split over {world} ranks x {micros} micro-batches")
-    first = step * batch_size + (rank * micros + micro) * share
+    first = step * batch_size + (micro * world + rank) * share
     return np.arange(first, first + share, dtype=np.int64)

@@ -23,6 +23,7 @@ from selfsight.eval.health import rankme
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.dino import DINO
 from selfsight.optim import lr_at, set_rates
+from selfsight.past import Past
 from selfsight.recipe import load
 
 
@@ -112,17 +113,17 @@ def test_vectors_of_zero_have_a_finite_spread() -> None:
 
 def test_the_line_has_every_measure_of_every_name() -> None:
     rank = One()
-    line = look(CollapseWatch(stop=True), 10, rank, feature=vectors(1.0), teacher=vectors(2.0))
+    line = look(CollapseWatch(True, Past()), 10, rank, feature=vectors(1.0), teacher=vectors(2.0))
     assert rank.asked == {"mean"}
     for name, given in (("feature", vectors(1.0)), ("teacher", vectors(2.0))):
         for key, value in spread(given).items():
             assert line[f"watch/{name}/{key}"] == pytest.approx(value.item(), abs=1e-5)
     assert len(line) == 6
-    assert look(CollapseWatch(stop=True), 10) == {}
+    assert look(CollapseWatch(True, Past()), 10) == {}
 
 
 def test_the_alarm_comes_after_enough_looks_in_a_row() -> None:
-    watch = CollapseWatch(stop=True)
+    watch = CollapseWatch(True, Past())
     for number in range(PATIENCE - 1):
         look(watch, number, feature=vectors(1e-4))
     with pytest.raises(
@@ -133,7 +134,7 @@ def test_the_alarm_comes_after_enough_looks_in_a_row() -> None:
 
 
 def test_one_look_at_different_vectors_starts_the_count_anew() -> None:
-    watch = CollapseWatch(stop=True)
+    watch = CollapseWatch(True, Past())
     for noise in [1e-4] * (PATIENCE - 1) + [1.0] + [1e-4] * (PATIENCE - 1):
         look(watch, 1, feature=vectors(noise))
     with pytest.raises(NumericError):
@@ -141,14 +142,14 @@ def test_one_look_at_different_vectors_starts_the_count_anew() -> None:
 
 
 def test_lines_between_the_looks_are_not_counted() -> None:
-    watch, accelerator = CollapseWatch(stop=True), One()
+    watch, accelerator = CollapseWatch(True, Past()), One()
     for step in range(1, EVERY * PATIENCE):
         line = watch(step, Loss(torch.tensor(0.0), {}, {"feature": vectors(1e-4)}), accelerator)  # type: ignore[arg-type]
         assert line["watch/feature/std"] < 1e-3
 
 
 def test_each_name_is_counted_alone() -> None:
-    watch = CollapseWatch(stop=True)
+    watch = CollapseWatch(True, Past())
     for number in range(4 * PATIENCE):
         flat, other = (1e-4, 1.0) if number % 2 else (1.0, 1e-4)
         look(watch, number, first=vectors(flat), second=vectors(other))
@@ -160,20 +161,20 @@ def test_each_name_is_counted_alone() -> None:
 
 
 def test_different_vectors_raise_no_alarm() -> None:
-    watch = CollapseWatch(stop=True)
+    watch = CollapseWatch(True, Past())
     for step in range(4 * PATIENCE):
         look(watch, step, wide=vectors(3.0, step), narrow=vectors(1.5 * Limits().std, step, rows=200, width=40))
 
 
 def test_vectors_just_below_the_threshold_do() -> None:
-    watch = CollapseWatch(stop=True)
+    watch = CollapseWatch(True, Past())
     with pytest.raises(NumericError):
         for step in range(PATIENCE):
             look(watch, step, narrow=vectors(0.7 * Limits().std, step, rows=200, width=40))
 
 
 def test_a_few_answers_to_all_images_are_a_collapse_of_a_teacher() -> None:
-    limits, watch = LIMITS["teacher"], CollapseWatch(stop=True)
+    limits, watch = LIMITS["teacher"], CollapseWatch(True, Past())
     answers = torch.eye(8)[torch.arange(64) % 3]  # three prototypes: far apart, and too few
     assert limits.rank > spread(answers)["rank"].item() > 2.9
     assert spread(answers)["std"].item() > 0.5
@@ -189,7 +190,7 @@ def test_a_few_answers_to_all_images_are_a_collapse_of_a_teacher() -> None:
 def test_a_warning_is_said_once_for_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("selfsight.console.say", said.append)
-    watch = CollapseWatch(stop=False)
+    watch = CollapseWatch(False, Past())
     for step in range(3 * PATIENCE):
         line = look(watch, step, feature=vectors(1e-4), fine=vectors(1.0))
         assert line["watch/feature/cosine"] == pytest.approx(1, abs=1e-4)
@@ -203,7 +204,7 @@ def test_a_warning_is_said_once_for_each_name(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_only_the_first_rank_speaks_but_every_one_stops(capsys: pytest.CaptureFixture[str]) -> None:
-    quiet, loud, stopped = CollapseWatch(stop=False), CollapseWatch(stop=False), CollapseWatch(stop=True)
+    quiet, loud, stopped = CollapseWatch(False, Past()), CollapseWatch(False, Past()), CollapseWatch(True, Past())
     for step in range(PATIENCE):
         look(quiet, step, One(is_main_process=False), feature=vectors(1e-4))
     assert capsys.readouterr().err == ""
@@ -226,7 +227,7 @@ def run(
     recipe = load(f"digits/{name}.yaml", {"run_dir": "never-made"} | small | overrides)
     parts = assemble(recipe, torch.device("cpu"))
     spoil(parts.objective)
-    batches, place, watch = parts.batches(), parts.placer(torch.device("cpu")), CollapseWatch(stop=True)
+    batches, place, watch = parts.batches(), parts.placer(torch.device("cpu")), CollapseWatch(True, Past())
     for step in range(steps):
         loss = parts.objective(place(batches[step], step / steps))
         loss.total.backward()

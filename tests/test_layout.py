@@ -103,13 +103,14 @@ def test_the_knobs_are_these() -> None:
     names = {name for name, _ in field_names(fields.Recipe)}
     assert names == {
         "run_dir", "seed", "objective", "track",
-        "data.train", "data.mean", "data.std", "data.interpolation", "data.crop_pct",
+        "data.train", "data.mean", "data.std", "data.interpolation", "data.crop_pct", "data.bad_share",
         "encoder.name", "encoder.image_size", "encoder.channels", "encoder.patch", "encoder.width", "encoder.depth",
         "encoder.heads", "encoder.class_token", "encoder.registers", "encoder.drop_path", "encoder.positions", "encoder.init",
         "encoder.weights", "encoder.pool",
         "optim.lr", "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.weight_decay_end", "optim.betas", "optim.layer_decay", "optim.clip",
         "train.epochs", "train.steps", "train.batch_size", "train.accumulate", "train.precision", "train.device",
-        "train.compile", "train.checkpoint_blocks", "train.workers", "train.threads", "train.ema", "train.on_collapse", "train.log_every", "train.save_every", "train.keep",
+        "train.compile", "train.checkpoint_blocks", "train.workers", "train.threads", "train.ema", "train.on_collapse", "train.on_nonfinite", "train.deterministic", "train.timeout",
+            "train.log_every", "train.save_every", "train.keep", "train.keep_every",
         "eval.train", "eval.test", "eval.every", "eval.k", "eval.online_samples",
     }  # fmt: skip
 

@@ -73,8 +73,8 @@ def test_ranks_and_accumulation_change_nothing(small_shards: Path, step: int, wo
     whole = batches(small_shards)[step]
     parts = [
         batches(small_shards, 12, rank, world, accumulate)[step * accumulate + micro]
-        for rank in range(world)
         for micro in range(accumulate)
+        for rank in range(world)
     ]
     assert same(whole, joined(parts))
 

@@ -55,7 +55,7 @@ def test_a_large_permutation_looks_like_numpys() -> None:
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), st.integers(1, 5))
 def test_ranks_and_micro_batches_share_the_global_batch(step: int, world: int, micros: int, share: int) -> None:
     batch = world * micros * share
-    parts = [rank_positions(step, batch, r, world, m, micros) for r in range(world) for m in range(micros)]
+    parts = [rank_positions(step, batch, r, world, m, micros) for m in range(micros) for r in range(world)]
     assert np.concatenate(parts).tolist() == list(range(step * batch, (step + 1) * batch))
 
 

@@ -1,10 +1,13 @@
 """From a recipe to the parts of a run, and from the parts to a checkpoint and back."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
 
+import numpy as np
+import PIL
+import timm
 import torch
 from torch import Tensor
 
@@ -19,7 +22,8 @@ from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
 from selfsight.optim import build_optimizer
-from selfsight.recipe import Recipe
+from selfsight.past import Past
+from selfsight.recipe import Recipe, merge, validate
 from selfsight.run_folder import differences
 from selfsight.weights import load_weights
 
@@ -39,6 +43,9 @@ class Parts:
     """Optimizer steps of the whole run."""
     notes: list[str]
     """What was done to the weights that the encoder started from."""
+    allow_change: tuple[str, ...] = ()
+    """Fields in which a checkpoint may be another recipe's."""
+    past: Past = field(default_factory=Past)
 
     @property
     def scored(self) -> Encoder:
@@ -69,13 +76,16 @@ class Parts:
         """What makes a batch for the objective, on the device."""
         return Placer(self.objective.views, *self.encoder.preprocessing.statistics(device), self.recipe.seed)
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, recipe: Recipe | None = None) -> dict[str, Any]:
         """What a checkpoint must share with the run that goes on from it. Where the data lie is not part of it."""
-        tree = self.recipe.model_dump(mode="json")
+        tree = (recipe or self.recipe).model_dump(mode="json")
         train = {key: tree["train"][key] for key in ("batch_size", "precision", "ema")} | {"steps": self.steps}
         if self.objective.compares_images:  # then micro-batches are not only a matter of memory
             train["accumulate"] = tree["train"]["accumulate"]
+        if tree["train"]["deterministic"]:  # sums of other parts are rounded in another way
+            train["deterministic"] = tree["train"]["deterministic"]
         data = tree["data"] | {"train": self.shards.id}
+        del data["bad_share"]
         parts = {key: tree[key] for key in ("encoder", "objective", "optim")}
         given = {"given to the objective": self.objective.outside} if self.objective.outside else {}
         return {"seed": tree["seed"], "data": data, "train": train} | parts | given
@@ -89,7 +99,9 @@ class Parts:
         """What a checkpoint says of itself."""
         return {
             "version": __version__,
+            "libraries": libraries(),
             "fingerprint": self.fingerprint(),
+            "past": asdict(self.past),
             "recipe": self.recipe.model_dump(mode="json"),
             "scored": next(name for name, module in self.objective.named_modules() if module is self.objective.scored),
         }
@@ -100,11 +112,19 @@ class Parts:
         Raises:
             UsageError: a checkpoint of another recipe; every differing key is named.
         """
-        if other := differences(saved.state["fingerprint"], self.fingerprint()):
+        # Fields that are younger than the checkpoint had, when it was written, what is their default now.
+        younger = self.fingerprint(validate(saved.state["recipe"], where))
+        other = differences(merge(younger, saved.state["fingerprint"]), self.fingerprint())
+        refused = [told for key, told in other.items() if not key.startswith(self.allow_change or ("\0",))]
+        if refused:
             raise UsageError(
-                f"{where}: is the run of another recipe: {'; '.join(other)}\n"
-                "choose another --run_dir, or give the recipe as it was (it is in the run folder)"
+                f"{where}: is the run of another recipe: {'; '.join(refused)}\n"
+                "choose another --run_dir, give the recipe as it was (it is in the run folder), or accept it with --allow-change KEY"
             )
+        self.notes = [f"goes on with a change: {told}" for told in other.values()]
+        versions = differences(saved.state.get("libraries", {}), libraries()) if "libraries" in saved.state else {}
+        self.notes += [f"warning: {told}: results may differ in the last bits" for told in versions.values()]
+        self.past.restore(saved.state.get("past", {}))
         self.objective.load_state_dict(saved.tensors["model"], strict=True)
         checkpoint.unpack_optimizer(self.optimizer, self.names, saved.tensors["optim"])
         if self.average:
@@ -112,7 +132,12 @@ class Parts:
         return saved.state["step"]
 
 
-def assemble(recipe: Recipe, device: torch.device) -> Parts:
+def libraries() -> dict[str, str]:
+    """Versions on which pixels and rounding depend."""
+    return {"torch": torch.__version__, "pillow": PIL.__version__, "numpy": np.__version__, "timm": timm.__version__}
+
+
+def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...] = ()) -> Parts:
     """Build every part on the device, with the weights that the recipe's seed gives.
 
     Raises:
@@ -150,4 +175,4 @@ def assemble(recipe: Recipe, device: torch.device) -> Parts:
                 for block in module.blocks:
                     block.compile()
     optimizer = build_optimizer(objective, encoder, recipe.optim)
-    return Parts(recipe, shards, encoder, objective, optimizer, average, steps, notes)
+    return Parts(recipe, shards, encoder, objective, optimizer, average, steps, notes, allow_change)

@@ -8,6 +8,7 @@ ones pruned. Reading takes the newest whose manifest verifies. Nothing is ever u
 import json
 import re
 import shutil
+import threading
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfsight.errors import StorageError
+from selfsight import console
+from selfsight.errors import NumericError, SelfsightError, StorageError
+from selfsight.faults import faultpoint
 from selfsight.run_folder import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+FAILURES = 3  # saves in a row that fail before the run ends
+_DRAFT = ".draft-"
 _NAME = re.compile(r"step-(\d{8,})")
 Tensors = dict[str, Tensor]
 
@@ -34,32 +39,33 @@ class Checkpoint(NamedTuple):
     """By file: "model", "optim", and "ema" where there is one."""
 
 
-def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensors], keep: int) -> Path:
-    """Write the checkpoint of `step` and prune all but the newest `keep`.
+def save(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    tensors: dict[str, Tensors],
+    keep: int,
+    keep_every: int | None = None,
+) -> Path:
+    """Write the checkpoint of `step` and prune all but the newest `keep` and those at multiples of `keep_every`.
 
     Raises:
         StorageError: the disk is full or cannot be written; what was there before is untouched.
+        NumericError: a value that is not finite; likewise.
     """
     final = folder / f"step-{step:08d}"
-    draft = folder / f".draft-{final.name}"
+    draft = folder / f"{_DRAFT}{final.name}"
+    _refuse_nonfinite(tensors)
     try:
         _require_space(folder, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        for name, group in tensors.items():
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in group.items()}, draft / f"{name}.safetensors"
-            )
-        (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-        manifest = {
-            path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in sorted(draft.iterdir())
-        }
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*draft.iterdir(), draft]:
-            sync(path)
+        _fill(draft, step, state, tensors)
+        faultpoint("save.rename", step)
         if final.exists():  # written before a crash that lost its later steps
             shutil.rmtree(final)
         draft.rename(final)
+        faultpoint("save.renamed", step)
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -69,10 +75,107 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
         ) from None
     # What stands above this step is a future that a crash damaged: it must not count among the kept.
     others = [other for other in steps(folder) if other != step]
-    below = [other for other in others if other < step]
-    for old in [*below[: len(below) - keep + 1], *[other for other in others if other > step]]:
+    below = [other for other in others if other < step and not (keep_every and other % keep_every == 0)]
+    for old in [*below[: max(0, len(below) - keep + 1)], *[other for other in others if other > step]]:
+        faultpoint("save.prune", step)
         shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+    faultpoint("save.done", step)
     return final
+
+
+def _fill(draft: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensors]) -> None:
+    """Every file of a checkpoint, on the disk."""
+    for name, group in tensors.items():
+        faultpoint("save.write", step)
+        path = draft / f"{name}.safetensors"
+        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
+    faultpoint("save.state", step)
+    (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+    manifest = {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(draft.iterdir())}
+    faultpoint("save.manifest", step)
+    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in [*draft.iterdir(), draft]:
+        faultpoint("save.sync", step)
+        sync(path)
+
+
+class Saver:
+    """Writes checkpoints beside the training, which waits for the copy of the tensors only.
+
+    A save that comes while another is being written is left out, unless it must be there. A save that fails is said
+    and older checkpoints stay; after three in a row `failed` says why, and the run is to end.
+
+    Args:
+        folder: of the checkpoints.
+        keep: the newest so many are kept.
+        keep_every: and those at multiples of so many steps.
+        log: a file whose lines must be on the disk before a checkpoint is.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int | None, log: Path) -> None:
+        self.folder, self.keep, self.keep_every, self.log = folder, keep, keep_every, log
+        self.thread: threading.Thread | None = None
+        self.failures = 0
+        self.error: SelfsightError | None = None
+
+    @property
+    def failed(self) -> SelfsightError | None:
+        """Why the run should end, if it should."""
+        fatal = self.failures >= FAILURES or isinstance(self.error, NumericError)
+        return self.error if fatal else None
+
+    def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], wait: bool) -> None:
+        """Save the state after `step` steps.
+
+        Args:
+            wait: until it is on the disk.
+
+        Raises:
+            StorageError, NumericError: it could not be written, if `wait`.
+        """
+        must = wait or bool(self.keep_every and step % self.keep_every == 0)
+        if self.thread and self.thread.is_alive() and not must:
+            console.say(f"the checkpoint of step {step:,} is left out: the one before is still being written")
+            return
+        self.finish()
+        faultpoint("save.copy", step)
+        copied = {
+            group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in members.items()}
+            for group, members in tensors.items()
+        }
+        self.thread = threading.Thread(target=self._write, args=(step, state, copied, wait), name="checkpoint")
+        self.thread.start()
+        if wait:
+            self.finish()
+            if self.error:
+                raise self.error
+
+    def finish(self) -> None:
+        """Wait for the one that is being written."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], awaited: bool) -> None:
+        try:
+            sync(self.log)  # the checkpoint must not outlive the lines before it
+            save(self.folder, step, state, tensors, self.keep, self.keep_every)
+            self.failures, self.error = 0, None
+        except OSError as error:
+            self._failed(StorageError(f"{self.log}: cannot be written ({error.strerror})"), awaited)
+        except SelfsightError as error:
+            self._failed(error, awaited)
+
+    def _failed(self, error: SelfsightError, awaited: bool) -> None:
+        self.failures, self.error = self.failures + 1, error
+        if not awaited:
+            console.say(f"warning: {error}; training goes on ({self.failures} of {FAILURES} failures in a row)")
+
+
+def clean(folder: Path) -> None:
+    """Remove what saves that were cut off have left. For the owner of the run folder only."""
+    for draft in folder.glob(f"{_DRAFT}*"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[int]:
@@ -104,7 +207,7 @@ def verify(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, entry in manifest.items():
             file = path / name
-            if file.stat().st_size != entry["size"] or _digest(file) != entry["sha256"]:
+            if file.stat().st_size != entry["size"] or digest(file) != entry["sha256"]:
                 return f"{name} is damaged"
         missing = {"model.safetensors", "state.json"} - set(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,7 +226,8 @@ def load(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_text())
     if state["format"] > FORMAT:
         raise StorageError(f"{path}: written by a newer release (format {state['format']}, this one reads {FORMAT})")
-    return Checkpoint(state, {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))})
+    files = sorted(name for name in json.loads((path / MANIFEST).read_text()) if name.endswith(".safetensors"))
+    return Checkpoint(state, {name.removesuffix(".safetensors"): load_file(path / name) for name in files})
 
 
 def encoder_tensors(saved: Checkpoint) -> Tensors:
@@ -158,6 +262,16 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str],
         optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
 
 
+def _refuse_nonfinite(tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Raise NumericError if a value that is about to be saved is not finite: what was saved before is better."""
+    for group, members in tensors.items():
+        for name, tensor in members.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise NumericError(
+                    f"{group}: {name} is not finite, so that nothing was saved; the checkpoint before is untouched"
+                )
+
+
 def _require_space(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -165,9 +279,10 @@ def _require_space(folder: Path, size: int) -> None:
         raise StorageError(f"{folder}: a checkpoint needs {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
 
 
-def _digest(path: Path) -> str:
-    digest = sha256()
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+            found.update(block)
+    return found.hexdigest()

@@ -1,6 +1,5 @@
 """Collapse: features that no longer tell one image from another. It can look like a loss that falls nicely."""
 
-from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from selfsight import console
 from selfsight.errors import NumericError
 from selfsight.eval.health import rankme
 from selfsight.objectives.base import Loss
+from selfsight.past import Past
 
 EVERY = 10  # steps between looks
 ROWS = 256  # images that are looked at
@@ -35,12 +35,11 @@ class CollapseWatch:
 
     Args:
         stop: raise at the alarm, instead of a warning.
+        past: what it remembers.
     """
 
-    def __init__(self, stop: bool) -> None:
-        self.stop = stop
-        self.flat: Counter[str] = Counter()
-        self.told: set[str] = set()
+    def __init__(self, stop: bool, past: Past) -> None:
+        self.stop, self.past = stop, past
 
     def __call__(self, step: int, loss: Loss, accelerator: Accelerator) -> dict[str, float]:
         """Fields for metrics.jsonl: std, cosine and rank of each of the objective's watched vectors, mean over ranks.
@@ -56,9 +55,10 @@ class CollapseWatch:
                 continue
             limits = LIMITS.get(name.rpartition("/")[2], Limits())
             few = len(vectors) >= 4 * limits.rank and found["rank"] < limits.rank
-            self.flat[name] = self.flat[name] + 1 if few or found["std"] < limits.std else 0
-            if self.flat[name] >= PATIENCE and name not in self.told:
-                self.told.add(name)
+            flat = self.past.flat.get(name, 0) + 1 if few or found["std"] < limits.std else 0
+            self.past.flat[name] = flat
+            if flat >= PATIENCE and name not in self.past.told:
+                self.past.told.append(name)
                 what = (
                     "are a few for all images"
                     if found["std"] >= limits.std

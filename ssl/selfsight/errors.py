@@ -35,3 +35,15 @@ class Stopped(SelfsightError):
     """The run was asked to stop, saved, and continues when the same command is run again."""
 
     exit_code = 75
+
+
+class DataGone(SelfsightError):
+    """The data cannot be reached any more; the run is saved and continues when they are back."""
+
+    exit_code = 75
+
+
+class PeerLost(SelfsightError):
+    """Another process of the run died, failed or went silent; the run continues when all are started again."""
+
+    exit_code = 76

@@ -6,39 +6,51 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from selfsight.errors import StorageError, UsageError
+from selfsight import console
+from selfsight.errors import UsageError
+from selfsight.faults import faultpoint
 
 # Wall-clock fields: the only ones in which a resumed run's lines differ from an uninterrupted run's.
-TIMING = ("images_per_second", "data_wait", "memory")
+TIMING = ("images_per_second", "data_wait", "memory", "slowest_rank", "slowest_wait")
+BEHIND = 0.25  # share of a step by which one rank must wait longer than the others to be named
 
 
 class MetricsLog:
-    """Appends a line on the main process."""
+    """Appends a line on the main process. What cannot be written is said once and counted; training goes on."""
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self.path, self.accelerator = path, accelerator
+        self.lost = {"line": 0, "trackers": 0}
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line and hand its numbers to the trackers.
-
-        Raises:
-            StorageError: the disk is full or cannot be written.
-        """
+        """Append one line and hand its numbers to the trackers. Values that are not finite are left out."""
         if not self.accelerator.is_main_process:
             return
+        line = {key: value for key, value in line.items() if isfinite(value)}
         try:
+            faultpoint("metrics", line["step"])
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
-        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+            self._lose("line", f"{self.path}: cannot be written ({error.strerror})")
+        try:
+            self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+        except Exception as error:  # noqa: BLE001 - a tracker's service fails in ways of its own; none is worth the run
+            self._lose("trackers", f"a tracker failed ({type(error).__name__}: {error})")
+
+    def _lose(self, what: str, told: str) -> None:
+        self.lost[what] += 1
+        if self.lost[what] == 1:
+            console.say(f"warning: {told}; training goes on without it")
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -67,6 +79,7 @@ class Meter:
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
         self.batch_size, self.device = batch_size, device
+        self.told = False
         self.restart()
 
     def restart(self) -> None:
@@ -91,12 +104,26 @@ class Meter:
         """One optimizer step is done."""
         self.steps += 1
 
-    def read(self) -> dict[str, float]:
-        """The fields of TIMING; the count begins anew."""
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The fields of TIMING, and with several ranks which of them waits longest for its data; the count begins anew."""
         spent = time.perf_counter() - self.since
         rate, wait = self.steps * self.batch_size / spent, self.waited / spent
+        waits = accelerator.gather(torch.tensor([self.waited / self.steps], device=self.device)).tolist()
+        step = spent / self.steps
         self.restart()
-        return dict(zip(TIMING, (round(rate, 2), round(wait, 4), round(self._memory())), strict=True))
+        found = {"images_per_second": round(rate, 2), "data_wait": round(wait, 4), "memory": round(self._memory())}
+        if len(waits) == 1:
+            return found
+        slowest = max(range(len(waits)), key=waits.__getitem__)
+        others = median(wait for rank, wait in enumerate(waits) if rank != slowest)
+        if waits[slowest] - others > BEHIND * step and not self.told:
+            self.told = True
+            if accelerator.is_main_process:
+                console.say(
+                    f"warning: rank {slowest} waits {waits[slowest]:.2f} s a step for its data, the others {others:.2f} s, and all wait "
+                    "for it: its disk is slow, or train.workers are too few"
+                )
+        return found | {"slowest_rank": slowest, "slowest_wait": round(waits[slowest], 4)}
 
     def _memory(self) -> float:
         """Peak memory of this process so far, MiB: the GPU's where training runs on one, else resident memory."""

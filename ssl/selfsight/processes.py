@@ -2,18 +2,30 @@
 
 import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from hashlib import sha256
 from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
-from selfsight.errors import Stopped, StorageError, UsageError
+from selfsight import __version__
+from selfsight.errors import PeerLost, Stopped, StorageError, UsageError
 from selfsight.recipe import Recipe
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_REQUEST = 5.0  # seconds; a cluster and torchrun both signal a rank, and mean the same request
+SAME_REQUEST = (
+    5.0  # seconds; under torchrun a cluster and torchrun itself both signal a rank, and mean the same request
+)
+# Of a collective. Who is silent is found by `peers` long before; scoring on one rank may make the others wait.
+COLLECTIVE_LIMIT = timedelta(hours=2)
 
 
 def join(recipe: Recipe) -> Accelerator:
@@ -29,40 +41,87 @@ def join(recipe: Recipe) -> Accelerator:
         raise UsageError(
             f"train.batch_size: {train.batch_size} does not split over {world} ranks x {train.accumulate} micro-batches"
         )
-    if train.threads:
-        torch.set_num_threads(train.threads)
+    if train.deterministic and train.deterministic % world:
+        raise UsageError(f"train.deterministic: {train.deterministic} parts do not split over {world} ranks")
+    if threads := train.threads or (1 if train.deterministic else None):  # sums depend on the number of threads
+        torch.set_num_threads(threads)
     if world == 1:  # a second run in one process, as in a notebook, may ask for another device or precision
         AcceleratorState._reset_state(reset_partial_state=True)
     cpu = train.device == "cpu" or not torch.cuda.is_available()
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no", "bf16": "bf16"}[train.precision]
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=precision, log_with=[*recipe.track] or None, project_dir=str(recipe.run_dir)
-    )
+    with _others_come_within(5 * train.timeout if world > 1 else None):
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            log_with=[*recipe.track] or None,
+            project_dir=str(recipe.run_dir),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_LIMIT)],
+        )
     if accelerator.num_processes != world:
         raise UsageError(
             f"the launcher promised {world} processes, Accelerate found {accelerator.num_processes}; use launch.sh"
         )
+    same_program(accelerator, recipe)
     return accelerator
 
 
-def any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any rank; every rank gets the same answer."""
+@contextmanager
+def _others_come_within(limit: float | None) -> Iterator[None]:
+    """End this process if the ranks have not found each other after so many seconds; torch would wait for hours."""
+    rank, world, where = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+    def give_up() -> None:
+        told = f"rank {rank} of {world}: the others did not come to {where}:{os.environ.get('MASTER_PORT', '?')}"
+        print(f"selfsight: {told} within {limit:g} s; do all have the same WORLD_SIZE and address?", file=sys.stderr)
+        os._exit(PeerLost.exit_code)
+
+    timer = threading.Timer(limit or 0, give_up)
+    timer.daemon = True
+    if limit:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def agree(accelerator: Accelerator, flags: Sequence[bool]) -> list[bool]:
+    """For each flag, whether it is set on any rank; every rank gets the same answer."""
     if accelerator.num_processes == 1:
-        return flag
-    shared = torch.tensor(float(flag), device=accelerator.device)
+        return list(flags)
+    shared = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
     torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-    return bool(shared.item())
+    return [value > 0 for value in shared.tolist()]
+
+
+def same_program(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Raise UsageError, naming the ranks, unless all have this recipe and these versions."""
+    versions = {"selfsight": __version__, "torch": torch.__version__}
+    for what, text in {"recipe": recipe.to_yaml(), **{name: version for name, version in versions.items()}}.items():
+        found = of_all_ranks(accelerator, int.from_bytes(sha256(text.encode()).digest()[:7], "big"))
+        if other := [rank for rank, value in enumerate(found) if value != found[0]]:
+            mine = f"; here it is {text}" if what in versions else ""
+            raise UsageError(
+                f"rank {', '.join(map(str, other))} has another {what} than rank 0{mine}; start all with the same"
+            )
+
+
+def of_all_ranks(accelerator: Accelerator, value: int) -> list[int]:
+    """This whole number (below 2^63) of every rank."""
+    if accelerator.num_processes == 1:
+        return [value]
+    mine = torch.tensor([value], device=accelerator.device)
+    parts = [torch.empty_like(mine) for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather(parts, mine)
+    return [int(part.item()) for part in parts]
 
 
 def same_on_every_rank(accelerator: Accelerator, value: int, what: str) -> None:
     """Raise StorageError unless every rank has this value."""
-    if accelerator.num_processes == 1:
-        return
-    bounds = torch.tensor([value, -value], device=accelerator.device)
-    torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
-    most, least = bounds[0].item(), -bounds[1].item()
-    if most != least:
-        raise StorageError(f"{what} is {least:,} on one rank and {most:,} on another")
+    found = of_all_ranks(accelerator, value)
+    if len(set(found)) > 1:
+        told = ", ".join(f"{value:,} on rank {rank}" for rank, value in enumerate(found))
+        raise StorageError(f"{what} is not the same everywhere: {told}")
 
 
 def loader_workers(recipe: Recipe) -> int:
@@ -74,11 +133,16 @@ def loader_workers(recipe: Recipe) -> int:
 
 
 class StopRequest:
-    """While it is entered, a first SIGTERM, SIGINT or SIGUSR1 sets `asked`; one more than 5 s later ends the process."""
+    """While it is entered, a first SIGTERM, SIGINT or SIGUSR1 sets `asked`, and a second one ends the process at once.
+
+    Under torchrun, which passes on a signal that the whole group already has, repeats within 5 s are the same request.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self.since = 0.0
+        self.now = False
+        self.patience = SAME_REQUEST if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
@@ -90,8 +154,19 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def at_once(self) -> None:
+        """From now on there is nothing to save: a request, also one that came before, raises Stopped where it arrives."""
+        self.now = True
+        if self.asked:
+            self._stop()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
             self.asked, self.since = True, time.monotonic()
-        elif time.monotonic() - self.since > SAME_REQUEST:
+            if self.now:
+                self._stop()
+        elif time.monotonic() - self.since >= self.patience:
             os._exit(Stopped.exit_code)
+
+    def _stop(self) -> None:
+        raise Stopped("stopped on request; training is done and saved, run the same command for what is left")

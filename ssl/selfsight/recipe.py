@@ -34,6 +34,8 @@ class DataConfig(Section):
     """How images are resized, in training and in evaluation."""
     crop_pct: float = Field(1.0, gt=0, le=1)
     """In evaluation, the share of the shorter side that the central crop keeps."""
+    bad_share: float = Field(0.001, ge=0, le=1)
+    """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
 
 
 class EncoderConfig(Section):
@@ -115,6 +117,11 @@ class TrainConfig(Section):
     """CPU threads of torch in each rank; null: torch's choice, all cores. Tiny models are faster with 1."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a running average of the encoder's weights, which is then what is scored and exported; null: none."""
+    deterministic: int = Field(0, ge=0)
+    """Parts into which a batch is cut, a power of two (8 is usual), whose gradients are summed along one tree: the same weights
+    bit for bit on every number of ranks that divides it. 0: off, faster."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """When a loss or gradient is not finite: leave out the step (at most 3 in 100), or stop with exit code 70."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """When the features of all images become the same: warn once, or stop with exit code 70."""
     log_every: int = Field(10, ge=1)
@@ -122,7 +129,11 @@ class TrainConfig(Section):
     save_every: int = Field(1000, ge=1)
     """Steps between checkpoints; the first is written at step 1."""
     keep: int = Field(2, ge=2)
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept, the newest."""
+    keep_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints that are kept for ever, a multiple of save_every; null: none."""
+    timeout: float = Field(120.0, gt=0)
+    """Seconds that another rank may be silent, or a loader worker be without a batch, before it counts as frozen."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -130,6 +141,14 @@ class TrainConfig(Section):
             raise ValueError("give either epochs or steps")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.deterministic & (self.deterministic - 1):
+            raise ValueError(f"deterministic {self.deterministic} is not a power of two")
+        if self.deterministic and self.batch_size % (self.accumulate * self.deterministic):
+            raise ValueError(
+                f"batch_size {self.batch_size} does not split into {self.accumulate} x {self.deterministic} parts"
+            )
+        if self.keep_every and self.keep_every % self.save_every:
+            raise ValueError(f"keep_every {self.keep_every} is not a multiple of save_every {self.save_every}")
         return self
 
 
@@ -257,17 +276,18 @@ def _with_bases(path: Path, above: list[Path]) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or not (path.parent / base).is_file():
         raise UsageError(f"{path}: base: {base!r} is not a file beside it")
-    return _merge(_with_bases(path.parent / base, [*above, path.resolve()]), tree)
+    return merge(_with_bases(path.parent / base, [*above, path.resolve()]), tree)
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """The tree `base` with what `top` says put over it."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
         # Another objective has other fields: nothing of the base's is kept.
         other = key == "objective" and isinstance(value, dict) and isinstance(below, dict) and "name" in value
         if isinstance(below, dict) and isinstance(value, dict) and not (other and value["name"] != below.get("name")):
-            merged[key] = _merge(below, value)
+            merged[key] = merge(below, value)
         else:
             merged[key] = value
     return merged

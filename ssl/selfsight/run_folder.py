@@ -1,21 +1,28 @@
 """The run folder: one living owner, one recipe, and files that a restart does not damage."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from selfsight.errors import StorageError, UsageError
 
 LOCK = "run.lock"
+PROBE = 2**16  # bytes that a run folder must have room for at the start
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 STOPPED = "stopped"  # stands in the folder of a run that was asked to stop and is to go on
 
 
 class RunLock:
     """Holds a run folder for this process, as long as it lives: the kernel lets go when it dies, however it dies.
+
+    Where the file system knows no locks (some clusters' do not), the file itself is the lock, and is taken over only
+    from an owner that is provably dead: of this machine, and gone or from before the last start of it.
 
     Raises:
         UsageError: another living process holds the folder.
@@ -32,7 +39,7 @@ class RunLock:
             while not self._acquire():
                 os.close(self.handle)
             os.ftruncate(self.handle, 0)
-            os.pwrite(self.handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+            os.pwrite(self.handle, json.dumps(this_process()).encode(), 0)
         except OSError as error:
             raise StorageError(f"{self.path.parent}: cannot be written ({error.strerror})") from None
         return self
@@ -49,15 +56,87 @@ class RunLock:
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(self.handle, 4096, 0).decode("utf-8", "replace")
-            os.close(self.handle)
-            raise UsageError(
-                f"{self.path.parent}: in use by another process {owner}; wait for it, or choose another run_dir"
-            ) from None
+            self._refuse()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return self._acquire_without_locks()
         try:
             return os.fstat(self.handle).st_ino == self.path.stat().st_ino
         except FileNotFoundError:
             return False
+
+    def _acquire_without_locks(self) -> bool:
+        owner = self._owner()
+        if owner and not is_dead(owner):
+            self._refuse()
+        os.close(self.handle)
+        self.path.unlink(missing_ok=True)
+        try:
+            self.handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except FileExistsError:  # somebody was faster
+            self.handle = os.open(self.path, os.O_RDWR)
+            self._refuse()
+        return True
+
+    def _owner(self) -> dict[str, Any]:
+        try:
+            owner = json.loads(os.pread(self.handle, 4096, 0))
+        except ValueError:
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _refuse(self) -> NoReturn:
+        owner = self._owner()
+        os.close(self.handle)
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+        raise UsageError(f"{self.path.parent}: in use by {who}; wait for it, or choose another run_dir")
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other: host, the host's start, number, and the process's own start."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
+
+
+def is_dead(owner: dict[str, Any]) -> bool:
+    """Whether a process that `this_process` described is provably gone; one of another host never is."""
+    if owner.get("host") != socket.gethostname():
+        return False
+    if owner.get("boot") != _boot():
+        return True
+    pid = owner.get("pid")
+    return not isinstance(pid, int) or _started(pid) != owner.get("started")
+
+
+def _boot() -> str:
+    """The kernel's number of this start of the machine; empty where it has none."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _started(pid: int) -> str:
+    """When a process started, in the kernel's ticks; empty if there is none of this number, "?" where nobody knows."""
+    if not Path("/proc/self/stat").exists():
+        return "?"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def require_writable(folder: Path) -> None:
+    """Raise StorageError if the folder cannot be made or a file in it be written: before data and models are loaded."""
+    probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(PROBE))
+        sync(probe)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written ({error.strerror})") from None
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -106,13 +185,13 @@ def cut_lines_after(path: Path, step: int) -> None:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names at which two trees differ, with both values."""
-    told = []
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted names at which two trees differ, each told with both values."""
+    told: dict[str, str] = {}
     for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
+        before, after, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(before, dict) and isinstance(after, dict):
-            told += differences(before, after, f"{prefix}{key}.")
+            told |= differences(before, after, f"{name}.")
         elif before != after:
-            told.append(f"{prefix}{key} (was {before!r}, is {after!r})")
+            told[name] = f"{name} (was {before!r}, is {after!r})"
     return told

@@ -1,138 +1,250 @@
 """The training loop, on one page."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
+from functools import partial
+from math import fsum, isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from selfsight import checkpoint, console
 from selfsight.assemble import Parts, assemble
+from selfsight.backward import Averaged, Canonical
+from selfsight.checkpoint import Saver
 from selfsight.collapse import EVERY, CollapseWatch
-from selfsight.data.loader import loader
-from selfsight.errors import NumericError, Stopped, UsageError
+from selfsight.data.loader import HostBatch, loader
+from selfsight.divergence import DivergenceWatch
+from selfsight.errors import DataGone, NumericError, PeerLost, Stopped, StorageError, UsageError
 from selfsight.eval.online import OnlineKNN
+from selfsight.faults import faultpoint
 from selfsight.finish import finish
+from selfsight.finite import BadSteps, all_finite, gradient_norm
+from selfsight.ledger import Ledger
 from selfsight.metrics import Meter, MetricsLog, require_trackers, start_trackers
 from selfsight.objectives.base import Loss
 from selfsight.optim import lr_at, move_average, set_rates, weight_decay_at
-from selfsight.processes import StopRequest, any_rank, join, loader_workers, same_on_every_rank
+from selfsight.peers import Peers
+from selfsight.processes import StopRequest, agree, join, loader_workers, same_on_every_rank
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
-from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, sync, write_atomically
+from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, require_writable, write_atomically
 
 
-def pretrain(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def pretrain(
+    recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None = None, allow_change: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Start or resume the run of a recipe, to its end: encoder, scores and report in `run_dir`.
+
+    Args:
+        allow_change: fields in which a resumed run may differ from what it was, such as "optim.lr".
 
     Returns:
         What scores.json holds (no scores if the recipe names no labelled sets); empty on all but the main process.
 
     Raises:
         UsageError, DataError, StorageError: what is wrong with the recipe, the data or the disk.
-        NumericError: a gradient that is not finite; the weights before it are untouched.
+        NumericError: too many steps whose loss or gradient is not finite; not one of them touched the weights.
         Stopped: after SIGTERM, SIGINT or SIGUSR1; saved, and the same call goes on.
+        DataGone: the data cannot be reached; saved, and the same call goes on.
+        PeerLost: another rank died, failed or went silent.
     """
     if isinstance(recipe, Recipe) and overrides:
         raise UsageError("overrides go with a recipe's file or name; a Recipe is complete")
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
     require_trackers(recipe.track)
-    accelerator = join(recipe)
-    main = accelerator.is_main_process
+    require_writable(recipe.run_dir)
     with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        accelerator = join(recipe)
+        main = accelerator.is_main_process
+        peers = stack.enter_context(Peers(accelerator, recipe.train.timeout))
         if main:
             stack.enter_context(RunLock(recipe.run_dir))
-        parts = assemble(recipe, accelerator.device)
-        train(parts, accelerator)
-        accelerator.end_training()  # the other ranks need not wait for the scores
-        return finish(parts, accelerator.device, loader_workers(recipe)) if main else {}
+        try:
+            parts = assemble(recipe, accelerator.device, allow_change)
+            train(parts, accelerator, stop, peers)
+        except RuntimeError as error:  # a collective fails so when a rank is gone
+            if lost := peers.who():
+                raise PeerLost(lost) from error
+            raise
+        peers.leave()  # the other ranks need not wait for the scores
+        accelerator.end_training()
+        if not main:
+            return {}
+        stop.at_once()
+        return finish(parts, accelerator.device, loader_workers(recipe))
 
 
-def train(parts: Parts, accelerator: Accelerator) -> None:
+def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = None, peers: Peers | None = None) -> None:
     """Train from the newest checkpoint, or from the start, to the last step."""
     recipe, config, steps, folder = parts.recipe, parts.recipe.train, parts.steps, parts.recipe.run_dir
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    main, micros, workers = accelerator.is_main_process, config.accumulate, loader_workers(recipe)
-    done = resume(parts, accelerator)
-    model: Any = accelerator.prepare_model(parts.objective)
+    device, rank, main = accelerator.device, accelerator.process_index, accelerator.is_main_process
+    stop, peers = stop or StopRequest(), peers or Peers(accelerator, config.timeout)
+    first = resume(parts, accelerator)
+    cut = config.deterministic
+    backward = Canonical(parts.objective, accelerator, cut) if cut else Averaged(parts.objective, accelerator)
     trained = [parameter for parameter in parts.objective.parameters() if parameter.requires_grad]
-    place, watch = parts.placer(device), CollapseWatch(config.on_collapse == "stop")
-    batches = iter(
-        loader(parts.batches(rank, world), range(done * micros, steps * micros), workers, device.type == "cuda")
-    )
-    log, meter, quarantine = (
-        MetricsLog(folder / "metrics.jsonl", accelerator),
-        Meter(config.batch_size, device),
-        Quarantine(folder, rank),
-    )
-    online = OnlineKNN(recipe.eval, workers) if recipe.eval.train and main else None
+    place, ledger, meter = parts.placer(device), Ledger(folder, rank), Meter(config.batch_size, device)
+    log = MetricsLog(folder / "metrics.jsonl", accelerator)
+    saver = Saver(folder / "checkpoints", config.keep, config.keep_every, log.path)
+    collapse, divergence = CollapseWatch(config.on_collapse == "stop", parts.past), DivergenceWatch(parts.past)
+    bad = BadSteps(folder, config.on_nonfinite == "stop", parts.past)
+    online = OnlineKNN(recipe.eval, loader_workers(recipe)) if recipe.eval.train and main else None
     start_trackers(accelerator, folder.name, recipe.model_dump(mode="json"))
 
-    with StopRequest() as stop, console.progress("training", steps, done, quiet=not main) as bar:
-        for step in range(done, steps):
-            losses: list[Loss] = []
-            for micro in range(micros):
-                with meter.waiting():
-                    host = next(batches)
-                quarantine.record(host)
-                batch = place(host, step / steps)
-                with accelerator.no_sync(model) if micro < micros - 1 else nullcontext():
-                    losses.append(model(batch))
-                    accelerator.backward(losses[-1].total / micros)
-            norm = finite_norm(trained, step, losses)
-            if recipe.optim.clip:
-                clip_grads_with_norm_(trained, recipe.optim.clip, norm)
+    def save(step: int, wait: bool) -> None:
+        peers.now(step, "saving")
+        if main:
+            with meter.pause():
+                saver.save(step, parts.state(), parts.tensors(), wait)
+
+    data = Feeder(parts, accelerator, first, meter)
+    with console.progress("training", steps, first, quiet=not main) as bar:
+        hosts = data.of_step(first)
+        stopping, gone, unsaved = agree(accelerator, [stop.asked, data.gone is not None, False])
+        for step in range(first, steps):
+            if stopping or gone or unsaved:
+                if step > first and not unsaved:
+                    save(step, wait=True)
+                leave(folder, accelerator, step, steps, stopping, unsaved, saver.failed or data.gone)
+            peers.now(step, "learning")
+            faultpoint("learn", step + 1)
+            losses = backward(hosts, partial(place, progress=step / steps))
+            norm = gradient_norm(trained)
+            faultpoint("learned", step + 1)
+            peers.now(step, "reading data")
+            used, hosts = hosts, data.of_step(step + 1)
+            finite = all_finite(losses, norm)
+            flags = [not finite, stop.asked, data.gone is not None, saver.failed is not None]
+            peers.now(step, "waiting for the other ranks")
+            broken, stopping, gone, unsaved = agree(accelerator, flags)
             lr = lr_at(step, steps, recipe.optim)
-            set_rates(parts.optimizer, lr, weight_decay_at(step, steps, recipe.optim))
-            parts.optimizer.step()
+            if broken:
+                parts.objective.forget_step()
+                bad.record(
+                    step + 1,
+                    rank,
+                    used,
+                    losses,
+                    {"seed": recipe.seed, "lr": lr, "norm": repr(norm.item())},
+                    parts.shards,
+                )
+            else:
+                if recipe.optim.clip:
+                    clip_grads_with_norm_(trained, recipe.optim.clip, norm)
+                set_rates(parts.optimizer, lr, weight_decay_at(step, steps, recipe.optim))
+                parts.optimizer.step()
+                parts.objective.after_step(step + 1, steps)
+                if parts.average and config.ema:
+                    move_average(parts.average, parts.encoder, config.ema)
             parts.optimizer.zero_grad()
-            parts.objective.after_step(step + 1, steps)
-            if parts.average and config.ema:
-                move_average(parts.average, parts.encoder, config.ema)
+            backward.forget()
 
             done = step + 1
+            end = bad.leave_out(done) if broken else ""
+            ledger.write(done, used, losses, norm, parts.objective)
+            faultpoint("update", done)
             meter.step()
             bar()
-            stopping = any_rank(accelerator, stop.asked)
             scoring = recipe.eval.train is not None and due(done, recipe.eval.every, steps)
-            logging = scoring or due(done, config.log_every, steps)
-            watched = watch(done, losses[-1], accelerator) if logging or due(done, EVERY, steps) else {}
+            logging, looking = scoring or due(done, config.log_every, steps), due(done, EVERY, steps)
+            means = mean_loss(losses, accelerator) if logging or looking else {}
+            watched = collapse(done, losses[-1], accelerator) if logging or looking else {}
+            if looking:
+                divergence(done, means["loss"], quiet=not main)
             if logging:
-                line = {"step": done, "epoch": round(parts.epoch(done), 4), **mean_loss(losses, accelerator)}
-                line |= {"lr": lr, "grad_norm": norm.item()} | watched
-                timing = meter.read()
+                line = {"step": done, "epoch": round(parts.epoch(done), 4), **means}
+                line |= {"lr": lr, "grad_norm": norm.item()} | watched | ({"left_out": 1} if broken else {})
+                timing = meter.read(accelerator)
                 with meter.pause():
+                    peers.now(done, "scoring")
                     log.write(line | (online(parts.scored, device) if scoring and online else {}) | timing)
-            if main and (stopping or done == 1 or due(done, config.save_every, steps)):
-                with meter.pause():
-                    sync(log.path)  # the checkpoint must not outlive the lines before it
-                    checkpoint.save(folder / "checkpoints", done, parts.state(), parts.tensors(), config.keep)
-            if stopping and done < steps:
-                if main:
-                    write_atomically(folder / STOPPED, f"{done}\n")
-                accelerator.wait_for_everyone()  # a rank that leaves early has the launcher end the one that saves
-                raise Stopped(
-                    f"stopped on request after step {done:,} of {steps:,}, saved; run the same command to go on"
-                )
+            if end or done == 1 or due(done, config.save_every, steps):
+                save(done, wait=bool(end) or done in (1, steps))
+            if end:
+                raise NumericError(end)
+
+
+def leave(
+    folder: Path,
+    accelerator: Accelerator,
+    done: int,
+    steps: int,
+    stopping: bool,
+    unsaved: bool,
+    problem: Exception | None,
+) -> NoReturn:
+    """End a run that all ranks agree to end; what there is is saved, unless it cannot be.
+
+    Args:
+        problem: what this rank knows of the reason.
+
+    Raises:
+        Stopped, DataGone, StorageError.
+    """
+    if unsaved:
+        raise problem or StorageError("rank 0 cannot save; it says why")
+    if stopping and accelerator.is_main_process:
+        write_atomically(folder / STOPPED, f"{done}\n")
+    accelerator.wait_for_everyone()  # a rank that leaves early has the launcher end the one that saves
+    where = f"after step {done:,} of {steps:,}, saved; run the same command to go on"
+    if stopping:
+        raise Stopped(f"stopped on request {where}")
+    raise DataGone(f"{problem or 'another rank cannot reach its data'}\nthe run ended {where} when they are back")
+
+
+class Feeder:
+    """The batches of this rank, step by step.
+
+    Args:
+        first: the step to begin with.
+    """
+
+    def __init__(self, parts: Parts, accelerator: Accelerator, first: int, meter: Meter) -> None:
+        train = parts.recipe.train
+        self.steps, self.micros, self.meter = parts.steps, train.accumulate, meter
+        self.quarantine = Quarantine(parts.recipe.run_dir, accelerator.process_index)
+        numbers = range(first * self.micros, self.steps * self.micros)
+        batches = parts.batches(accelerator.process_index, accelerator.num_processes)
+        pin = accelerator.device.type == "cuda"
+        self.batches = iter(loader(batches, numbers, loader_workers(parts.recipe), pin))
+        self.gone: DataGone | None = None
+        """Why there is nothing more for now."""
+
+    def of_step(self, step: int) -> list[HostBatch]:
+        """The micro-batches of step `step` (from 0); none after the last one, or if the data are gone."""
+        if step >= self.steps:
+            return []
+        faultpoint("data", step + 1)
+        try:
+            with self.meter.waiting():
+                hosts = [next(self.batches) for _ in range(self.micros)]
+        except DataGone as error:
+            self.gone = error
+            return []
+        for host in hosts:
+            self.quarantine.record(host)
+        return hosts
 
 
 def resume(parts: Parts, accelerator: Accelerator) -> int:
     """Take the newest whole checkpoint's place, if there is one; the answer is the number of steps done."""
-    folder, told = parts.recipe.run_dir, parts.notes
+    folder = parts.recipe.run_dir
     newest, warnings = checkpoint.newest(folder / "checkpoints")
     done = parts.restore(checkpoint.load(newest), str(folder)) if newest else 0
     same_on_every_rank(
         accelerator, done, f"{folder}: the newest checkpoint (its folder must be one that all machines share)"
     )
     if accelerator.is_main_process:
+        checkpoint.clean(folder / "checkpoints")
         (folder / STOPPED).unlink(missing_ok=True)
         cut_lines_after(folder / "metrics.jsonl", done)
         write_atomically(folder / "recipe.yaml", parts.recipe.to_yaml())
-        for line in warnings or ([] if newest else told):
+        for line in [*warnings, *parts.notes]:
             console.say(line)
         going = f"goes on from step {done:,}" if newest else "starts"
         console.say(
@@ -143,29 +255,17 @@ def resume(parts: Parts, accelerator: Accelerator) -> int:
     return done
 
 
-def finite_norm(trained: list[torch.nn.Parameter], step: int, losses: list[Loss]) -> Tensor:
-    """The gradient's norm. Gradients are summed over the ranks by now, so that every rank comes to the same decision.
-
-    Raises:
-        NumericError: it is not finite.
-    """
-    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    if not norm.isfinite():
-        values = ", ".join(f"{loss.total.item():g}" for loss in losses)
-        raise NumericError(
-            f"step {step + 1}: the gradient is not finite (loss {values}); the weights are those of step {step}. "
-            "A lower optim.lr, longer optim.warmup, or optim.clip 1.0 usually helps"
-        )
-    return norm
-
-
 def mean_loss(losses: list[Loss], accelerator: Accelerator) -> dict[str, float]:
-    """The step's loss and terms, over micro-batches and ranks."""
-    parts = [
+    """The step's loss and terms, over micro-batches and ranks; exactly rounded, so that their order does not matter."""
+    own = [
         {"loss": loss.total.detach()} | {f"loss/{name}": term for name, term in loss.terms.items()} for loss in losses
     ]
-    means = {name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]}
-    return {name: accelerator.reduce(value, "mean").item() for name, value in means.items()}
+    table = torch.stack([torch.stack([value.float() for value in part.values()]) for part in own])
+    columns = zip(*accelerator.gather(table).tolist(), strict=True)
+    return {
+        name: fsum(column) / len(column) if all(map(isfinite, column)) else nan
+        for name, column in zip(own[0], columns, strict=True)
+    }
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -71,6 +71,9 @@ class Objective(nn.Module):
     def after_step(self, step: int, steps: int) -> None:
         """What happens when `step` of `steps` optimizer steps are done (a teacher moves, for example)."""
 
+    def forget_step(self) -> None:
+        """Drop whatever `forward` has noted for `after_step`: this step is left out."""
+
     def check(self, setting: Setting) -> list[str]:
         """Look at what is known before the first step; the answer is a list of warnings.
 

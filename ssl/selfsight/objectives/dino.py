@@ -157,6 +157,10 @@ class DINO(EMATaught):
         for which, (outputs, count) in self.seen.items():
             moved = (1 - self.config.center_momentum) * (count > 0)  # a step may have no masked patch at all
             self.center[which].lerp_(outputs / count.clamp(min=1), moved)
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Drop the teacher's outputs of the step."""
         self.seen.clear()
 
 

@@ -89,6 +89,11 @@ class Joint(Objective):
         for part in self.objectives:
             part.after_step(step, steps)
 
+    def forget_step(self) -> None:
+        """Every part's own."""
+        for part in self.objectives:
+            part.forget_step()
+
     def check(self, setting: Setting) -> list[str]:
         """Every part's own."""
         return [line for part in self.objectives for line in part.check(setting)]

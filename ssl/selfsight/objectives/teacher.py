@@ -8,7 +8,6 @@ classes.npy       int32 (rows, K), the classes that `probabilities` belong to
 import json
 import shutil
 from collections.abc import Iterable
-from hashlib import sha256
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 from selfsight.encoder import Encoder, Preprocessing
 from selfsight.errors import NumericError, StorageError, UsageError
+from selfsight.ledger import weights_hash
 from selfsight.objectives.configs import DistillConfig
 from selfsight.recipe import packaged
 from selfsight.run_folder import differences
@@ -48,7 +48,11 @@ class Teacher(nn.Module):
             if config.top_k and config.top_k > classifier.out_features:
                 raise UsageError(f"objective.top_k: {config.top_k} of the teacher's {classifier.out_features} classes")
         self.requires_grad_(False).eval()
-        self.weights = digest_of(self)
+        self.weights = weights_hash(self)[:16]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Teacher":
+        """It never changes: a copy of its student shares it."""
+        return self
 
     @torch.no_grad()
     def forward(self, images: Tensor, made: Preprocessing) -> Outputs:
@@ -82,15 +86,6 @@ class Teacher(nn.Module):
             images = F.interpolate(images, (own.image_size, own.image_size), mode="bicubic", antialias=True)
         mean, std = own.statistics(images.device)
         return (images - mean) / std
-
-
-def digest_of(module: nn.Module) -> str:
-    """A short hash of its weights."""
-    digest = sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def load_teacher(config: DistillConfig, made: Preprocessing) -> Teacher:
@@ -167,6 +162,10 @@ class StoredTeacher:
                     raise UsageError(f"objective.{weight}: {folder}: holds {', '.join(self.arrays)}, no {outputs[0]}")
         self.arrays = {name: array for name, array in self.arrays.items() if name in needed}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "StoredTeacher":
+        """It never changes: a copy of its student shares it."""
+        return self
+
     def __call__(self, rows: Tensor, device: torch.device) -> Outputs:
         """The outputs at rows (B,)."""
         found = {name: torch.from_numpy(array[rows.numpy()]) for name, array in self.arrays.items()}
@@ -179,7 +178,7 @@ class StoredTeacher:
         """Raise UsageError, naming every difference, if the outputs are of other data, augmentation or teacher."""
         if other := differences({key: value for key, value in self.of.items() if key in wanted}, wanted):
             raise UsageError(
-                f"objective.stored: {self.folder}: holds outputs for another recipe: {'; '.join(other)}\n"
+                f"objective.stored: {self.folder}: holds outputs for another recipe: {'; '.join(other.values())}\n"
                 "write them again with `selfsight teacher RECIPE`, or give the recipe as it was"
             )
 

@@ -1,0 +1,125 @@
+"""From the batches of a step to the gradients of its parameters, the mean over micro-batches, ranks and parts."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from selfsight.data.loader import Batch, HostBatch
+from selfsight.objectives.across import Parts, sum_of_all
+from selfsight.objectives.base import Loss, Objective
+
+Place = Callable[[HostBatch], Batch]
+
+
+class Averaged:
+    """Gradients summed as it is fastest: one pass a micro-batch, all-reduced by DDP beside the backward pass."""
+
+    def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.model: Any = accelerator.prepare_model(objective)
+
+    def __call__(self, hosts: list[HostBatch], place: Place) -> list[Loss]:
+        """Add this step's gradients; the losses of the micro-batches."""
+        losses: list[Loss] = []
+        for micro, host in enumerate(hosts):
+            last = micro == len(hosts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                losses.append(self.model(place(host)))
+                self.accelerator.backward(losses[-1].total / len(hosts))
+        return losses
+
+    def forget(self) -> None:
+        """Nothing is kept from step to step."""
+
+
+class Canonical:
+    """Gradients whose bits are the same on any number of ranks that divides `parts`.
+
+    Every micro-batch is cut into `parts` equal parts, whoever computes them. Each part goes through its own copy of the
+    objective, which shares the weights and has its own gradients; losses that look at the whole batch find it as ranks
+    do. Gradients of parts are summed along one binary tree.
+
+    Args:
+        parts: a power of two, a multiple of the number of ranks.
+    """
+
+    def __init__(self, objective: Objective, accelerator: Accelerator, parts: int) -> None:
+        self.accelerator, self.parts, self.mine = accelerator, parts, parts // accelerator.num_processes
+        self.objective = objective
+        self.copies = [objective, *(with_same_weights(objective) for _ in range(self.mine - 1))]
+        self.names = [name for name, p in objective.named_parameters() if p.requires_grad]
+
+    def __call__(self, hosts: list[HostBatch], place: Place) -> list[Loss]:
+        """Set this step's gradients; the losses of every part of the micro-batches."""
+        losses: list[Loss] = []
+        summed: dict[str, Tensor] = {}
+        for host in hosts:
+            found = self._losses(host, place)
+            with deterministic():
+                torch.autograd.backward([loss.total / len(hosts) for loss in found])
+            losses += found
+            for name, gradient in self._gradients().items():
+                summed[name] = summed[name] + gradient if name in summed else gradient
+        for name, parameter in self.objective.named_parameters():
+            if name in summed:
+                parameter.grad = summed[name]
+        return losses
+
+    def forget(self) -> None:
+        """Drop what the copies have noted for the end of the step; the objective itself was told."""
+        for other in self.copies[1:]:
+            other.forget_step()
+
+    def _losses(self, host: HostBatch, place: Place) -> list[Loss]:
+        def learn(number: int) -> Loss:
+            with self.accelerator.autocast():
+                return self.copies[number](place(part_of(host, number, self.mine)))
+
+        with deterministic():
+            return Parts(self.mine).run([lambda number=number: learn(number) for number in range(self.mine)])  # type: ignore[misc]
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Mean over all parts of all ranks; what the copies hold is taken from them."""
+        of_copies = [dict(module.named_parameters()) for module in self.copies]
+        found: dict[str, Tensor] = {}
+        for name in self.names:
+            gradients = [parameters[name].grad for parameters in of_copies]
+            present = [gradient for gradient in gradients if gradient is not None]
+            if present:  # on every part, or on none: the objectives are the same
+                found[name] = sum_of_all(present, along_tree=True) / self.parts
+            for parameters in of_copies:
+                parameters[name].grad = None
+        return found
+
+
+def with_same_weights(objective: Objective) -> Objective:
+    """A copy whose parameters are leaves of their own over the same memory, and whose buffers are the same."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in objective.parameters()
+    }
+    memo |= {id(buffer): buffer for buffer in objective.buffers()}
+    return copy.deepcopy(objective, memo)
+
+
+def part_of(host: HostBatch, number: int, parts: int) -> HostBatch:
+    """One of so many equal parts of a batch."""
+    size = len(host.ids) // parts
+    rows = slice(number * size, (number + 1) * size)
+    views = tuple(view[rows] for view in host.views)
+    return HostBatch(views, host.positions[rows], host.keys[rows], host.ids[rows], [])
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Kernels whose results repeat; an operation that has none raises."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,194 @@
+"""Who of the ranks died, failed or went silent: a line to rank 0 from every other, beside the collectives.
+
+A collective tells that somebody is gone (gloo) or nothing at all (NCCL, a frozen process). Here the kernel closes the
+line of a process that ends, however it ends, and silence is measured on this machine's monotonic clock. Rank 0 passes on
+what it learns, so that every rank can name the one that is lost.
+"""
+
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from selfsight.errors import PeerLost, Stopped
+
+BEAT = 0.25  # seconds between signs of life
+GRACE = 5.0  # seconds that a rank has to end by itself, once it knows, before it is ended
+NEWS = 2.0  # seconds to wait for the name, after a collective has failed
+
+
+class Line:
+    """JSON objects over a socket, one a line."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.left = connection, b""
+        self.connection.settimeout(1.0)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one object; a line that is closed is found when it is read."""
+        try:
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """The objects that have arrived; None if the other side is gone."""
+        try:
+            read = self.connection.recv(65536)
+        except TimeoutError:
+            return []
+        except OSError:
+            return None
+        *whole, self.left = (self.left + read).split(b"\n")
+        return [json.loads(line) for line in whole] if read else None
+
+
+class Peers:
+    """While it is entered, watches the other ranks. On one rank it does nothing.
+
+    Args:
+        timeout: seconds of silence after which a rank counts as frozen.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout: float) -> None:
+        self.accelerator, self.timeout = accelerator, timeout
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.step, self.doing = 0, "starting"
+        self.lost = ""
+        self.known = threading.Event()  # somebody is lost
+        self.over = threading.Event()
+        self.lines: dict[int, Line] = {}
+        self.heard: dict[int, float] = {}
+        self.at: dict[int, tuple[int, str]] = {}
+
+    def __enter__(self) -> "Peers":
+        if self.world > 1:
+            self._connect()
+            self.thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        failed = error is not None and not isinstance(error, PeerLost | Stopped)
+        self.leave({"failed": str(error).splitlines()[0] if str(error) else repr(error)} if failed else None)
+
+    def leave(self, last: dict[str, Any] | None = None) -> None:
+        """Stop watching, and tell the others that this rank has done its part, or why not."""
+        if self.world == 1 or self.over.is_set():
+            return
+        self.over.set()
+        self.thread.join()
+        for line in self.lines.values():
+            line.send(last or {"done": True})
+            line.connection.close()
+
+    def now(self, step: int, doing: str) -> None:
+        """What this rank is at, for the others to read if it goes silent."""
+        self.step, self.doing = step, doing
+
+    def who(self) -> str:
+        """Which rank is lost, asked after a collective has failed; empty if none is."""
+        if self.world > 1:
+            self.known.wait(NEWS)
+        return self.lost
+
+    def _connect(self) -> None:
+        """Every rank with rank 0, whose port is made known by a collective."""
+        port = torch.zeros(1, dtype=torch.long, device=self.accelerator.device)
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        server = None
+        if self.rank == 0:
+            try:
+                server = socket.create_server((host, 0), backlog=self.world)
+            except OSError:  # the name of this machine, as the others know it, may not be an address of its own
+                server = socket.create_server(("", 0), backlog=self.world)
+            server.settimeout(self.timeout)
+            port += server.getsockname()[1]
+        torch.distributed.all_reduce(port)
+        if server is None:
+            self.lines[0] = Line(socket.create_connection((host, int(port.item())), self.timeout))
+            self.lines[0].send({"rank": self.rank})
+        else:
+            for _ in range(self.world - 1):
+                line = Line(server.accept()[0])
+                self.lines[self._hello(line)] = line
+            server.close()
+        self.heard = dict.fromkeys(self.lines, time.monotonic())
+
+    def _hello(self, line: Line) -> int:
+        line.connection.settimeout(self.timeout)
+        for message in line.receive() or []:
+            line.connection.settimeout(1.0)
+            return int(message["rank"])
+        raise PeerLost("a rank left while the ranks were finding each other")
+
+    def _watch(self) -> None:
+        ready = selectors.DefaultSelector()
+        for rank, line in self.lines.items():
+            ready.register(line.connection, selectors.EVENT_READ, rank)
+        beaten = 0.0
+        while not self.over.is_set() and not self.lost:
+            for key, _ in ready.select(BEAT):
+                self._listen(ready, key.data)
+            if time.monotonic() - beaten > BEAT:
+                beaten = time.monotonic()
+                self._beat()
+                self._find_silent()
+        ready.close()
+        if self.lost:
+            self._end()
+
+    def _beat(self) -> None:
+        for line in self.lines.values():
+            line.send({"step": self.step, "doing": self.doing})
+
+    def _listen(self, ready: selectors.BaseSelector, rank: int) -> None:
+        messages = self.lines[rank].receive()
+        if messages is None:
+            self._lose(f"rank {rank} died{self._place(rank)}")
+            return
+        self.heard[rank] = time.monotonic()
+        for message in messages:
+            if "lost" in message:
+                self._lose(message["lost"])
+            elif "failed" in message:
+                self._lose(f"rank {rank} failed{self._place(rank)}: {message['failed']}")
+            elif "done" in message:
+                ready.unregister(self.lines[rank].connection)
+                del self.heard[rank]
+            else:
+                self.at[rank] = message["step"], message["doing"]
+
+    def _find_silent(self) -> None:
+        for rank, heard in list(self.heard.items()):
+            if time.monotonic() - heard > self.timeout:
+                self._lose(f"rank {rank} has been silent for {self.timeout:g} s (train.timeout){self._place(rank)}")
+
+    def _place(self, rank: int) -> str:
+        step, doing = self.at.get(rank, (0, "starting"))
+        return f" while {doing}, after step {step:,}"
+
+    def _lose(self, what: str) -> None:
+        if self.lost:
+            return
+        advice = "; the last checkpoint is whole: start all ranks again, with the same command"
+        self.lost = what if what.endswith(advice) else what + advice
+        for line in self.lines.values():
+            line.send({"lost": self.lost})
+        self.known.set()
+
+    def _end(self) -> None:
+        """A main thread that hangs in a collective would never hear of it."""
+        if not self.over.wait(GRACE):
+            print(f"selfsight: {self.lost}", file=sys.stderr, flush=True)
+            os._exit(PeerLost.exit_code)

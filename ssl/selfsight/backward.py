@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from selfsight.data.loader import Batch, HostBatch
-from selfsight.objectives.across import Parts, sum_of_all
+from selfsight.objectives.across import Parts, sum_of_parts
 from selfsight.objectives.base import Loss, Objective
 
 Place = Callable[[HostBatch], Batch]
@@ -59,10 +60,7 @@ class Canonical:
         losses: list[Loss] = []
         summed: dict[str, Tensor] = {}
         for host in hosts:
-            found = self._losses(host, place)
-            with deterministic():
-                torch.autograd.backward([loss.total / len(hosts) for loss in found])
-            losses += found
+            losses += self._learn(host, place, len(hosts))
             for name, gradient in self._gradients().items():
                 summed[name] = summed[name] + gradient if name in summed else gradient
         for name, parameter in self.objective.named_parameters():
@@ -75,13 +73,17 @@ class Canonical:
         for other in self.copies[1:]:
             other.forget_step()
 
-    def _losses(self, host: HostBatch, place: Place) -> list[Loss]:
+    def _learn(self, host: HostBatch, place: Place, micros: int) -> list[Loss]:
         def learn(number: int) -> Loss:
             with self.accelerator.autocast():
-                return self.copies[number](place(part_of(host, number, self.mine)))
+                loss = self.copies[number](place(part_of(host, number, self.mine)))
+            # In this thread, on a GPU too: a part that waits for the others must not hold up their backward pass.
+            with torch.autograd.set_multithreading_enabled(False):
+                (loss.total / micros).backward()
+            return loss
 
         with deterministic():
-            return Parts(self.mine).run([lambda number=number: learn(number) for number in range(self.mine)])  # type: ignore[misc]
+            return Parts(self.mine).run([partial(learn, number) for number in range(self.mine)])
 
     def _gradients(self) -> dict[str, Tensor]:
         """Mean over all parts of all ranks; what the copies hold is taken from them."""
@@ -91,7 +93,7 @@ class Canonical:
             gradients = [parameters[name].grad for parameters in of_copies]
             present = [gradient for gradient in gradients if gradient is not None]
             if present:  # on every part, or on none: the objectives are the same
-                found[name] = sum_of_all(present, along_tree=True) / self.parts
+                found[name] = sum_of_parts(present) / self.parts
             for parameters in of_copies:
                 parameters[name].grad = None
         return found

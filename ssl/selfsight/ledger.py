@@ -9,7 +9,6 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,8 @@ class Ledger:
         self.path = folder / "ledger" / f"rank-{rank}.jsonl" if os.environ.get(VARIABLE) else None
         if self.path:
             self.path.parent.mkdir(exist_ok=True)
+            with self.path.open("a") as file:
+                file.write("\n")  # a crash may have left half a line
 
     def write(self, step: int, hosts: list[HostBatch], losses: "list[Loss]", norm: Tensor, model: nn.Module) -> None:
         """What went into step `step` (from 1) and what came out, after the update."""
@@ -80,20 +81,3 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def samples_of(lines: Iterable[dict[str, Any]]) -> dict[int, set[tuple[int, int]]]:
-    """Every (id, input CRC) that was seen at a position, of all ranks and attempts: one each if nothing differs."""
-    seen: dict[int, set[tuple[int, int]]] = {}
-    for line in lines:
-        for position, sample, crc in zip(line["positions"], line["ids"], line["inputs"], strict=True):
-            seen.setdefault(position, set()).add((sample, crc))
-    return seen
-
-
-def outcomes_of(lines: Iterable[dict[str, Any]]) -> dict[int, set[tuple[str, ...]]]:
-    """Every (loss, norm, weights) that a step gave, of all attempts of one rank."""
-    seen: dict[int, set[tuple[str, ...]]] = {}
-    for line in lines:
-        seen.setdefault(line["step"], set()).add((line["loss"], line["norm"], line.get("weights", "")))
-    return seen

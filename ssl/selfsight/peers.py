@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from selfsight.errors import PeerLost, Stopped
 
 BEAT = 0.25  # seconds between signs of life
-GRACE = 5.0  # seconds that a rank has to end by itself, once it knows, before it is ended
-NEWS = 2.0  # seconds to wait for the name, after a collective has failed
+GRACE = 2.0  # seconds that a rank has to end by itself, once it knows, before it is ended
+NEWS = 1.0  # seconds to wait for the name, after a collective has failed
 
 
 class Line:
@@ -176,7 +176,7 @@ class Peers:
 
     def _place(self, rank: int) -> str:
         step, doing = self.at.get(rank, (0, "starting"))
-        return f" while {doing}, after step {step:,}"
+        return f" (last heard of {doing}, after step {step:,})"
 
     def _lose(self, what: str) -> None:
         if self.lost:

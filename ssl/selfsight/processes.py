@@ -1,5 +1,6 @@
 """The processes of a run: how they find each other, agree, and are asked to stop."""
 
+import json
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import sha256
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
@@ -16,9 +18,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
+import selfsight
 from selfsight import __version__
 from selfsight.errors import PeerLost, Stopped, StorageError, UsageError
 from selfsight.recipe import Recipe
+from selfsight.run_folder import differences
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST = (
@@ -95,15 +99,34 @@ def agree(accelerator: Accelerator, flags: Sequence[bool]) -> list[bool]:
 
 
 def same_program(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Raise UsageError, naming the ranks, unless all have this recipe and these versions."""
-    versions = {"selfsight": __version__, "torch": torch.__version__}
-    for what, text in {"recipe": recipe.to_yaml(), **{name: version for name, version in versions.items()}}.items():
-        found = of_all_ranks(accelerator, int.from_bytes(sha256(text.encode()).digest()[:7], "big"))
-        if other := [rank for rank, value in enumerate(found) if value != found[0]]:
-            mine = f"; here it is {text}" if what in versions else ""
-            raise UsageError(
-                f"rank {', '.join(map(str, other))} has another {what} than rank 0{mine}; start all with the same"
-            )
+    """Raise UsageError, naming the ranks and the fields, unless all have this recipe and this program."""
+    programs = {"torch": torch.__version__, "selfsight": f"{__version__} {sources()}"}
+    mine = {"recipe": recipe.model_dump(mode="json"), "program": programs}
+    text = json.dumps(mine).encode()
+    found = of_all_ranks(accelerator, int.from_bytes(sha256(text).digest()[:7], "big"))
+    if other := [str(rank) for rank, value in enumerate(found) if value != found[0]]:
+        told = differences(json.loads(_text_of_main(accelerator, text)), mine).values()
+        detail = f": {'; '.join(told)}" if told else ""  # nothing on the ranks that are as rank 0 is
+        raise UsageError(f"rank {', '.join(other)} was started in another way than rank 0{detail}; start all alike")
+
+
+def sources() -> str:
+    """A short hash of the package's own files."""
+    digest = sha256()
+    for folder in selfsight.__path__:
+        for path in sorted(Path(folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _text_of_main(accelerator: Accelerator, text: bytes) -> bytes:
+    """The text of rank 0."""
+    size = of_all_ranks(accelerator, len(text))[0]
+    buffer = torch.zeros(size, dtype=torch.uint8, device=accelerator.device)
+    if accelerator.is_main_process:
+        buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    torch.distributed.broadcast(buffer, 0)
+    return bytes(buffer.cpu().numpy())
 
 
 def of_all_ranks(accelerator: Accelerator, value: int) -> list[int]:

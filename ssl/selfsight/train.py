@@ -249,7 +249,7 @@ def resume(parts: Parts, accelerator: Accelerator) -> int:
         going = f"goes on from step {done:,}" if newest else "starts"
         console.say(
             f"{folder}: {going}; {parts.steps:,} steps of {parts.recipe.train.batch_size} images "
-            f"({parts.epoch(parts.steps):.1f} passes over {len(parts.shards):,}) on {accelerator.num_processes} x {accelerator.device}"
+            f"({parts.epoch(parts.steps):.1f} passes over {len(parts.shards):,}) on {accelerator.num_processes} x {accelerator.device.type}"
         )
     accelerator.wait_for_everyone()
     return done

@@ -40,51 +40,18 @@ def of_all(x: Tensor) -> list[Tensor]:
     return found
 
 
-def sum_of_all(parts: Sequence[Tensor], along_tree: bool) -> Tensor:
-    """The sum of the parts of every process, in whatever order the backend likes, or along the tree."""
-    mine = tree_sum(parts)
-    if along_tree:
-        return tree_sum(of_all(mine))
-    if world() > 1:
-        mine = mine.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(mine)
-    return mine
+def sum_of_all(x: Tensor) -> Tensor:
+    """The sum over processes, in whatever order the backend likes."""
+    if world() == 1:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x)
+    return x
 
 
-class _Gather(torch.autograd.Function):
-    """Parts (B, ...) of this process to the whole batch, once for each part."""
-
-    @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.parts, ctx.along_tree = len(parts), _group() is not None
-        whole = torch.cat(of_all(torch.cat(parts)))
-        return tuple(whole.clone() for _ in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        summed = sum_of_all(gradients, ctx.along_tree)
-        mine = summed.chunk(world())[dist.get_rank() if world() > 1 else 0]
-        return mine.chunk(ctx.parts)
-
-
-class _Total(torch.autograd.Function):
-    """Parts of this process to the sum over all parts, once for each part."""
-
-    @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.along_tree = _group() is not None
-        summed = sum_of_all(parts, ctx.along_tree)
-        return tuple(summed.clone() for _ in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        summed = sum_of_all(gradients, ctx.along_tree)
-        return tuple(summed.clone() for _ in gradients)
-
-
-def _maximum(*parts: Tensor) -> tuple[Tensor, ...]:
-    most = torch.stack(of_all(torch.stack(parts).amax(0))).amax(0)
-    return (most,) * len(parts)
+def sum_of_parts(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of this process's parts and of every other's, along the tree."""
+    return tree_sum(of_all(tree_sum(parts)))
 
 
 _part = threading.local()
@@ -129,12 +96,13 @@ class Parts:
             self.broken = self.broken or error
         self.turns[(part + 1) % self.count].release()
 
-    def meet(self, together: Callable[..., tuple[Tensor, ...]], x: Tensor) -> Tensor:
-        """This part's share of `together` of all parts."""
+    def meet(self, together: Callable[[list[Tensor]], Tensor], x: Tensor) -> Tensor:
+        """What `together` makes of all parts, for each part in memory of its own."""
         part = _part.number
         self.brought[part] = x
         if part == self.count - 1:
-            self.brought = list(together(*self.brought))
+            made = together(self.brought)
+            self.brought = [made.clone() for _ in self.brought]
         self.turns[(part + 1) % self.count].release()
         self.turns[part].acquire()
         if self.broken:
@@ -146,30 +114,71 @@ def _group() -> "Parts | None":
     return getattr(_part, "group", None)
 
 
-def _meet(together: Callable[..., tuple[Tensor, ...]], x: Tensor) -> Tensor:
-    group = _group()
-    return group.meet(together, x) if group else together(x)[0]
-
-
 def ranks() -> int:
     """Ranks that share the batch, those included that a process only stands for."""
     group = _group()
     return world() * (group.count if group else 1)
 
 
+def _joined(x: Tensor) -> Tensor:
+    group = _group()
+    if group is None:
+        return torch.cat(of_all(x))
+    return group.meet(lambda parts: torch.cat(of_all(torch.cat(parts))), x)
+
+
+def _summed(x: Tensor) -> Tensor:
+    group = _group()
+    if group is None:
+        return sum_of_all(x)
+    return group.meet(sum_of_parts, x)
+
+
+def _number() -> int:
+    """The place of this rank, or of the part that stands for one."""
+    group, rank = _group(), dist.get_rank() if world() > 1 else 0
+    return rank * group.count + _part.number if group else rank
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _joined(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _summed(gradients[0].contiguous()).chunk(ranks())[_number()]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _summed(gradients[0])
+
+
 def gather(x: Tensor) -> Tensor:
     """(B, ...) of every rank, in the order of the ranks: (ranks x B, ...), with gradient."""
-    return _meet(_Gather.apply, x.contiguous()) if ranks() > 1 else x
+    return _Gather.apply(x.contiguous()) if ranks() > 1 else x
 
 
 def total(x: Tensor) -> Tensor:
     """The sum over ranks, with gradient."""
-    return _meet(_Total.apply, x) if ranks() > 1 else x
+    return _Total.apply(x) if ranks() > 1 else x
 
 
 def largest(x: Tensor) -> Tensor:
     """The maximum over ranks, without gradient."""
-    return _meet(_maximum, x.detach()) if ranks() > 1 else x
+    if ranks() == 1:
+        return x
+    x = x.detach()
+    group = _group()
+    if group is None:
+        return torch.stack(of_all(x)).amax(0)
+    return group.meet(lambda parts: torch.stack(of_all(torch.stack(parts).amax(0))).amax(0), x)
 
 
 class GlobalBatchNorm(nn.Module):

@@ -74,11 +74,9 @@ def save(
             f"{final}: the checkpoint could not be written ({reason}); older ones are untouched"
         ) from None
     # What stands above this step is a future that a crash damaged: it must not count among the kept.
-    others = [other for other in steps(folder) if other != step]
-    below = [other for other in others if other < step and not (keep_every and other % keep_every == 0)]
-    for old in [*below[: max(0, len(below) - keep + 1)], *[other for other in others if other > step]]:
-        faultpoint("save.prune", step)
-        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+    for later in [other for other in steps(folder) if other > step]:
+        shutil.rmtree(folder / f"step-{later:08d}", ignore_errors=True)
+    prune(folder, keep, keep_every)
     faultpoint("save.done", step)
     return final
 
@@ -170,6 +168,14 @@ class Saver:
         self.failures, self.error = self.failures + 1, error
         if not awaited:
             console.say(f"warning: {error}; training goes on ({self.failures} of {FAILURES} failures in a row)")
+
+
+def prune(folder: Path, keep: int, keep_every: int | None) -> None:
+    """Remove all but the newest `keep` and those at multiples of `keep_every`."""
+    for old in steps(folder)[:-keep]:
+        if not keep_every or old % keep_every:
+            faultpoint("save.prune", old)
+            shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
 
 
 def clean(folder: Path) -> None:

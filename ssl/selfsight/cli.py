@@ -14,7 +14,7 @@ from selfsight.errors import SelfsightError, UsageError
 FIELD_COMMANDS = ("pretrain", "quickstart", "teacher")  # take recipe fields as options
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage or recipe error, 65 bad data, 70 not finite, 74 disk or checkpoint, "
-    "75 stopped on request (run it again)"
+    "75 stopped on request (run it again), 76 another rank was lost"
 )
 
 
@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         fields: dict[str, str] = {}
         if words and words[0] in FIELD_COMMANDS:
-            fields, words = split_fields(words)
-        plugins = fields.pop("plugin", None)
+            fields, words = split_fields(["--train.deterministic=8" if w == "--deterministic" else w for w in words])
+        plugins, changes = fields.pop("plugin", None), fields.pop("allow-change", "")
         options = build_parser().parse_args(words)
-        options.fields = fields
+        options.fields, options.allow_change = fields, tuple(filter(None, changes.split(",")))
         if named := plugins or getattr(options, "plugin", None):
             from selfsight.objectives import load_plugin
 
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = _command(commands, "pretrain", _pretrain, "start or resume a run", takes_fields=True)
-    one.usage = "selfsight pretrain RECIPE [--section.key value ...] [--plugin package.module]"
+    one.usage = "selfsight pretrain RECIPE [--section.key value ...] [--plugin package.module] [--deterministic] [--allow-change KEY,...]"
     one.add_argument("recipe", help="a YAML file, or a packaged recipe such as digits/mae")
 
     one = _command(
@@ -207,7 +207,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     from selfsight.console import score_table
     from selfsight.train import pretrain
 
-    scores = pretrain(options.recipe, options.fields).get("scores")
+    scores = pretrain(options.recipe, options.fields, options.allow_change).get("scores")
     if scores:
         score_table(scores, f"{scores[0]['test']}, % correct")
     return 0

@@ -11,6 +11,7 @@ from selfsight.assemble import Parts, assemble
 from selfsight.errors import UsageError
 from selfsight.eval.evaluate import evaluate
 from selfsight.export import export, load_encoder, timm_line
+from selfsight.faults import faultpoint
 from selfsight.recipe import load
 from selfsight.report import write_report
 from selfsight.run_folder import write_atomically
@@ -22,6 +23,7 @@ def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
     Returns:
         What scores.json holds.
     """
+    faultpoint("finish")
     recipe, folder = parts.recipe, parts.recipe.run_dir
     scores_file = folder / "scores.json"  # written last
     if scores_file.exists():

@@ -16,6 +16,8 @@ class Past:
     """Alarms that were raised; none is raised twice."""
     looks: int = 0
     """At the loss."""
+    first: float = 0.0
+    """The loss of untrained weights."""
     mean: float = 0.0
     """Running mean of the loss."""
     square: float = 0.0

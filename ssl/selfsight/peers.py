@@ -22,6 +22,7 @@ from selfsight.errors import PeerLost, Stopped
 
 BEAT = 0.25  # seconds between signs of life
 GRACE = 2.0  # seconds that a rank has to end by itself, once it knows, before it is ended
+PARTING = 0.5  # seconds to wait for the other side to read the last words
 NEWS = 1.0  # seconds to wait for the name, after a collective has failed
 
 
@@ -49,6 +50,17 @@ class Line:
             return None
         *whole, self.left = (self.left + read).split(b"\n")
         return [json.loads(line) for line in whole] if read else None
+
+    def close(self) -> None:
+        """Close it when the other side has read everything: one that is closed with words unread loses those it sent, too."""
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(PARTING)
+            while self.connection.recv(65536):
+                pass
+        except OSError:  # it is gone already, or takes too long
+            pass
+        self.connection.close()
 
 
 class Peers:
@@ -90,7 +102,8 @@ class Peers:
         self.thread.join()
         for line in self.lines.values():
             line.send(last or {"done": True})
-            line.connection.close()
+        for line in self.lines.values():
+            line.close()
 
     def now(self, step: int, doing: str) -> None:
         """What this rank is at, for the others to read if it goes silent."""
@@ -165,6 +178,7 @@ class Peers:
                 self._lose(f"rank {rank} failed{self._place(rank)}: {message['failed']}")
             elif "done" in message:
                 ready.unregister(self.lines[rank].connection)
+                self.lines.pop(rank).connection.close()
                 del self.heard[rank]
             else:
                 self.at[rank] = message["step"], message["doing"]

@@ -85,6 +85,12 @@ def _others_come_within(limit: float | None) -> Iterator[None]:
         timer.start()
     try:
         yield
+    except RuntimeError as error:
+        if not limit:
+            raise
+        raise PeerLost(
+            f"rank {rank} of {world}: the ranks did not find each other ({str(error).splitlines()[0]})"
+        ) from None
     finally:
         timer.cancel()
 

@@ -151,7 +151,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
             meter.step()
             bar()
             scoring = recipe.eval.train is not None and due(done, recipe.eval.every, steps)
-            logging, looking = scoring or due(done, config.log_every, steps), due(done, EVERY, steps)
+            logging, looking = scoring or due(done, config.log_every, steps), done == 1 or due(done, EVERY, steps)
             means = mean_loss(losses, accelerator) if logging or looking else {}
             watched = collapse(done, losses[-1], accelerator) if logging or looking else {}
             if looking:
@@ -219,9 +219,9 @@ class Feeder:
         """The micro-batches of step `step` (from 0); none after the last one, or if the data are gone."""
         if step >= self.steps:
             return []
-        faultpoint("data", step + 1)
         try:
             with self.meter.waiting():
+                faultpoint("data", step + 1)
                 hosts = [next(self.batches) for _ in range(self.micros)]
         except DataGone as error:
             self.gone = error
@@ -241,6 +241,8 @@ def resume(parts: Parts, accelerator: Accelerator) -> int:
     )
     if accelerator.is_main_process:
         checkpoint.clean(folder / "checkpoints")
+        if newest and not warnings:
+            checkpoint.prune(folder / "checkpoints", parts.recipe.train.keep, parts.recipe.train.keep_every)
         (folder / STOPPED).unlink(missing_ok=True)
         cut_lines_after(folder / "metrics.jsonl", done)
         write_atomically(folder / "recipe.yaml", parts.recipe.to_yaml())

@@ -130,10 +130,11 @@ class Launcher:
             own: more arguments for some of the ranks.
         """
         self.count += 1
-        shared = {"SELFSIGHT_FAULTS": faults, "SELFSIGHT_LEDGER": "1", **(environment or {})}
+        shared = {"SELFSIGHT_FAULTS": faults, "SELFSIGHT_LEDGER": "1"}
         if world > 1:
             shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        shared |= environment or {}
         logs = [self.folder / f"job-{self.count}-rank-{rank}.log" for rank in range(world)]
         ranks = [
             {

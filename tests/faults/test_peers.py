@@ -1,0 +1,157 @@
+"""Ranks that die, fail, freeze, lag behind, or were never the same: the others say which one, and end."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launch import Job
+
+from selfsight import checkpoint
+from selfsight.run_folder import read_lines
+
+Start = Callable[..., Job]
+LONG = {"train.steps": 4000, "train.save_every": 1000, "train.log_every": 50}
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_rank_that_dies_is_named_by_the_others(start: Start, dead: int) -> None:
+    job = start(3, f"learn kill rank={dead} step=4", {"train.batch_size": 12})
+    codes = job.wait(30)
+    assert codes == [-9 if rank == dead else 76 for rank in range(3)]
+    for rank in {0, 1, 2} - {dead}:
+        assert f"selfsight: rank {dead} died" in job.told(rank), job.told(rank)
+        assert "Traceback" not in job.told(rank)
+    assert start(3, fields={"train.batch_size": 12}).wait(60) == [0, 0, 0]
+
+
+def test_a_rank_that_fails_is_named_with_its_reason(start: Start) -> None:
+    job = start(2, "learn error rank=1 step=4")
+    assert job.wait(30) == [76, 70]
+    assert re.search(r"rank 1 failed \(.*\): injected at learn", job.told(0))
+
+
+def test_a_rank_with_bad_data_is_named_with_its_reason(start: Start) -> None:
+    """An error of ours on one rank, before the first step."""
+    job = start(2, own={1: ["--data.train", "/nowhere.tar"]})
+    assert job.wait(30) == [2, 2]
+    assert "rank 1 was started in another way than rank 0" in job.told(0)
+    assert "data.train (was " in job.told(1) and "is '/nowhere.tar')" in job.told(1)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_at_the_timeout(start: Start, frozen: int) -> None:
+    """It may not answer the launcher, either: it is killed once the other has ended."""
+    job = start(2, f"learn stop rank={frozen} step=4", {"train.timeout": 2})
+    codes = job.wait(30, but=[frozen])
+    assert codes[1 - frozen] == 76
+    assert f"rank {frozen} has been silent for 2 s (train.timeout)" in job.told(1 - frozen)
+
+
+def test_a_rank_that_is_slow_is_named_and_nothing_ends(start: Start, tmp_path: Path) -> None:
+    job = start(2, "data sleep=0.1 rank=1", {"train.log_every": 2})
+    assert job.wait(60) == [0, 0]
+    assert re.search(r"warning: rank 1 waits 0\.1\d s a step for its data, the others 0\.0\d s", job.told(0))
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["step"] > 2]
+    assert {line["slowest_rank"] for line in lines} == {1}
+
+
+def test_a_rank_that_never_comes_is_said(start: Start) -> None:
+    """One rank believes in two, the other in three."""
+    job = start(
+        2,
+        fields={"train.timeout": 0.5, "train.batch_size": 6},
+        environment={"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"},
+    )
+    assert job.wait(40) == [76, 76]
+    assert re.search(r"rank 0 of 3: the others did not come to 127\.0\.0\.1:\d+ within 2\.5 s", job.told(0))
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(start: Start, tmp_path: Path, number: str) -> None:
+    job = start(2, f"learn signal={number} rank=1 step=9", LONG)
+    assert job.wait(30) == [75, 75]
+    steps = {re.search(r"stopped on request after step (\d+) of", job.told(rank))[1] for rank in (0, 1)}  # type: ignore[index]
+    assert steps == {"9"}
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 9]
+    assert (tmp_path / "run" / "stopped").read_text() == "9\n"
+
+
+def test_a_signal_while_loading_stops_before_the_first_step(start: Start, tmp_path: Path) -> None:
+    job = start(2, "data signal=SIGTERM rank=0 step=1", LONG)
+    assert job.wait(30) == [75, 75]
+    assert "stopped on request after step 0 of 4,000" in job.told(0)
+    assert not checkpoint.steps(tmp_path / "run" / "checkpoints")
+
+
+def test_a_signal_at_a_random_time_saves_or_ends_cleanly(start: Start, tmp_path: Path) -> None:
+    """While it loads, learns, or saves; started again, it goes on."""
+    for wait in (0.05, 0.3, 0.6):
+        job = start(1, fields=LONG | {"train.save_every": 3})
+        time.sleep(wait)
+        job.signal(0, signal.SIGTERM)
+        code = job.wait(30)[0]
+        assert code in {75, -signal.SIGTERM}, job.told()  # the latter before Python has come to our handler
+        assert "Traceback" not in job.told()
+    newest, told = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest is not None and not told
+
+
+def test_a_second_signal_ends_at_once_and_the_old_checkpoint_stands(start: Start, tmp_path: Path) -> None:
+    """Inside a save that takes a minute."""
+    job = start(1, "save.rename sleep=60 step=7; learn signal=SIGTERM step=7", LONG)
+    folder = tmp_path / "run" / "checkpoints"
+    for _ in range(1000):
+        if list(folder.glob(".draft-step-00000007/manifest.json")):
+            break
+        time.sleep(0.02)
+    job.signal(0, signal.SIGTERM)
+    assert job.wait(10) == [75]
+    assert checkpoint.steps(folder) == [1]
+    assert checkpoint.newest(folder)[1] == []
+
+
+def test_a_signal_while_scoring_ends_at_once(start: Start, small_shards: Path, tmp_path: Path) -> None:
+    """Training is over and saved; what is left is done by the next start."""
+    scored = {"eval.train": small_shards, "eval.test": small_shards, "eval.k": "[5]", "eval.every": 100}
+    job = start(1, "finish signal=SIGTERM", scored)
+    assert job.wait(60) == [75]
+    assert "training is done and saved" in job.told()
+    assert not (tmp_path / "run" / "scores.json").exists()
+    assert start(1, fields=scored).wait(100) == [0]
+    assert (tmp_path / "run" / "scores.json").exists()
+
+
+def test_what_torchrun_repeats_is_one_request(start: Start, tmp_path: Path) -> None:
+    faults = "learn signal=SIGTERM step=5; learned signal=SIGTERM step=5"
+    assert start(1, faults, LONG, environment={"TORCHELASTIC_RUN_ID": "x"}).wait(30) == [75]
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
+    assert start(1, faults.replace("5", "8"), LONG).wait(30) == [75]  # without it, the second one is meant
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
+
+
+def test_no_process_is_left(start: Start, tmp_path: Path) -> None:
+    """Loader workers end with a rank that is killed."""
+    mark = f"left-{os.getpid()}-{tmp_path.name}"
+    job = start(1, "learn kill step=3", {"train.workers": 1}, environment={"SELFSIGHT_TEST_MARK": mark})
+    assert job.wait(60) == [-9]
+    for _ in range(100):
+        if not survivors(mark):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"left behind: {survivors(mark)}")
+
+
+def survivors(mark: str) -> list[str]:
+    """Processes that were started with this mark in their environment and still live."""
+    found: list[str] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+        except OSError:  # it has just ended
+            continue
+    return found

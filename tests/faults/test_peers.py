@@ -1,6 +1,5 @@
 """Ranks that die, fail, freeze, lag behind, or were never the same: the others say which one, and end."""
 
-import os
 import re
 import signal
 import time
@@ -131,27 +130,3 @@ def test_what_torchrun_repeats_is_one_request(start: Start, tmp_path: Path) -> N
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
     assert start(1, faults.replace("5", "8"), LONG).wait(30) == [75]  # without it, the second one is meant
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
-
-
-def test_no_process_is_left(start: Start, tmp_path: Path) -> None:
-    """Loader workers end with a rank that is killed."""
-    mark = f"left-{os.getpid()}-{tmp_path.name}"
-    job = start(1, "learn kill step=3", {"train.workers": 1}, environment={"SELFSIGHT_TEST_MARK": mark})
-    assert job.wait(60) == [-9]
-    for _ in range(100):
-        if not survivors(mark):
-            return
-        time.sleep(0.1)
-    pytest.fail(f"left behind: {survivors(mark)}")
-
-
-def survivors(mark: str) -> list[str]:
-    """Processes that were started with this mark in their environment and still live."""
-    found: list[str] = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_text())
-        except OSError:  # it has just ended
-            continue
-    return found

@@ -1,5 +1,6 @@
 """Loader workers that die, freeze or lack memory: every item arrives once and in order, or the run says who is to blame."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -218,6 +219,23 @@ def test_batches_know_their_size(small_shards: Path) -> None:
     for fields in ({}, {"world": 2, "accumulate": 3}):
         made = made_of(small_shards, **fields)
         assert made.item_bytes == sum(view.numel() for view in made[0].views)
+
+
+def test_training_batches_are_the_same_whatever_became_of_a_worker(small_shards: Path) -> None:
+    made, numbers = made_of(small_shards), range(3, 15)
+    before = {process.pid for process in multiprocessing.active_children()}
+    found = []
+    for host in feed(made, numbers, 1, False):
+        found.append(host)
+        if len(found) in (2, 5):
+            for process in multiprocessing.active_children():
+                if process.pid not in before:
+                    process.kill()
+    for host, number in zip(found, numbers, strict=True):
+        alone = made[number]
+        assert host.ids.tolist() == alone.ids.tolist()
+        assert host.positions.tolist() == alone.positions.tolist()
+        assert all((x == y).all() for x, y in zip(host.views, alone.views, strict=True))
 
 
 def test_batches_do_without_condemned_samples_as_without_bad_ones(tmp_path: Path) -> None:

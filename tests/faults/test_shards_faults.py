@@ -328,6 +328,7 @@ def test_a_shard_that_changed_ends_the_run(running: Shards, change: str, opened:
         running.close()
         other = path.with_suffix(".new")
         other.write_bytes(raw[:700] + bytes(len(raw) - 700))
+        os.utime(other, ns=(0, path.stat().st_mtime_ns))
         other.replace(path)
     elif change == "rewritten":
         path.write_bytes(raw[:700] + bytes(len(raw) - 700))
@@ -342,6 +343,13 @@ def test_a_shard_that_changed_ends_the_run(running: Shards, change: str, opened:
     with pytest.raises(ShardChanged):
         batches(running, 8)[0]
     assert running.read(5)
+
+
+def test_a_shard_that_only_grew_is_another_where_it_is_opened(running: Shards) -> None:
+    with running.paths[0].open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(ShardChanged):
+        running.read(0)
 
 
 def test_a_shard_put_back_or_touched_is_the_same(running: Shards) -> None:

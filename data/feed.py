@@ -9,7 +9,7 @@ import multiprocessing.connection
 import shutil
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ TIMEOUT = 60.0  # seconds without a batch, under the two minutes after which oth
 DEADLINE = 20.0  # seconds for one sample alone
 START = 60.0  # seconds for a process to start, on a busy machine
 AHEAD = 2  # batches that DataLoader lets each worker make ahead
+ALL = object()  # no item is left
 
 
 class Source(Protocol):
@@ -60,11 +61,11 @@ def feed(source: Source, numbers: range, workers: int, pin: bool, timeout: float
         return
     lost_at = None
     while numbers:
+        items = _made_ahead(source, numbers, workers, pin, timeout)
         try:
-            with closing(_made_ahead(source, numbers, workers, pin, timeout)) as items:
-                for item in items:
-                    yield item
-                    numbers = numbers[1:]
+            for item in items:
+                yield item
+                numbers = numbers[1:]
         except WorkersLost as lost:
             if lost_at != numbers[0]:
                 say(f"batch {numbers[0]:,}: {lost}; starting them again")
@@ -72,6 +73,8 @@ def feed(source: Source, numbers: range, workers: int, pin: bool, timeout: float
                 continue
             say(f"batch {numbers[0]:,}: {lost} again; looking for the sample that does it")
             source, lost_at = _without_culprits(source, numbers[: AHEAD * workers], min(timeout, DEADLINE), lost), None
+        finally:
+            items.close()
 
 
 def affordable_workers(item_bytes: int, workers: int, memory: Path = Path("/dev/shm")) -> int:
@@ -97,30 +100,31 @@ def _made_ahead(source: Source, numbers: range, workers: int, pin: bool, timeout
         WorkersLost: a process died, or none gave the item that is due for `timeout` seconds.
     """
     items: Any = iter(loader(source, numbers, workers, pin))
-    processes = items._workers  # DataLoader's own timeout neither ends a stopped process nor a transfer that hangs
     try:
-        while True:
-            stalled = threading.Event()
-            watchdog = threading.Timer(timeout, _end, [processes, stalled])
-            watchdog.daemon = True
-            watchdog.start()
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:  # DataLoader's, the socket's and the pipe's of a death
-                if not (dead := _dead(processes)):
-                    raise
-                what = f"gave nothing for {timeout:g} s" if stalled.is_set() else "died"
-                raise WorkersLost(f"loader workers {what} ({dead})") from error
-            finally:
-                watchdog.cancel()
+        while (item := _due(items, timeout)) is not ALL:
             yield item
     finally:
-        _end(
-            processes
-        )  # nothing that they hold is missed; DataLoader would wait seconds for each, and stopped ones for ever
+        # Nothing that they hold is missed; DataLoader would wait for them, and for stopped ones in vain.
+        _end(items._workers)
+        items._workers_done_event = threading.Event()  # a killed worker may hold the lock of the shared one for ever
         items._shutdown_workers()
+
+
+def _due(items: Any, timeout: float) -> Any:
+    """The next item. DataLoader's own timeout neither ends a stopped process nor a transfer that hangs."""
+    stalled = threading.Event()
+    watchdog = threading.Timer(timeout, _end, [items._workers, stalled])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        return next(items, ALL)
+    except (RuntimeError, OSError, EOFError) as error:  # DataLoader's, the socket's and the pipe's of a death
+        if not (dead := _dead(items._workers)):
+            raise
+        what = f"gave nothing for {timeout:g} s" if stalled.is_set() else "died"
+        raise WorkersLost(f"loader workers {what} ({dead})") from error
+    finally:
+        watchdog.cancel()
 
 
 def _end(processes: list[Any], stalled: threading.Event | None = None) -> None:

@@ -160,6 +160,16 @@ def test_leaving_early_leaves_no_process_not_even_a_stopped_one(tmp_path: Path) 
     assert ended({first.pid})
 
 
+def test_a_lock_that_a_killed_worker_holds_does_not_stop_the_end(tmp_path: Path) -> None:
+    """Without care, one end in some hundreds waited for ever: each worker looks at DataLoader's event between items."""
+    running = feed(Source(tmp_path), range(10**6), 1, False)
+    next(running)
+    loading = running.gi_frame.f_locals["items"].gi_frame.f_locals["items"]  # type: ignore[attr-defined]
+    os.kill(loading._workers[0].pid, signal.SIGKILL)
+    assert loading._workers_done_event._cond.acquire(timeout=10)
+    running.close()  # type: ignore[attr-defined]
+
+
 def test_a_trial_ends_with_the_item_or_with_the_sample(tmp_path: Path) -> None:
     tried: list[int] = []
     assert culprits(Source(tmp_path), 1, 5, tried) == {}

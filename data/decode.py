@@ -4,6 +4,7 @@
 |-----------------------------------|----------------------------------------------------------------------------|
 | EXIF orientation                  | applied                                                                    |
 | 16-bit grey                       | scaled to 8 bits (value / 257), never clipped                              |
+| 16-bit colour                     | Pillow's upper 8 bits                                                      |
 | 1-bit, palette, CMYK, YCbCr, Lab  | Pillow's conversion to RGB (or grey, when one channel is asked for)        |
 | transparency                      | composed over white                                                        |
 | grey asked as RGB                 | the same value in the three channels                                       |
@@ -26,20 +27,24 @@ MODES = {1: "L", 3: "RGB"}
 _ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 
+class BadSample(DataError):
+    """One sample that cannot be used; training takes a substitute. Any other DataError ends the run."""
+
+
 def open_image(body: bytes) -> Image.Image:
     """Read an image's header; the pixels wait.
 
     Raises:
-        DataError: not an image of a known format, or one with too many pixels.
+        BadSample: not an image of a known format, or one with too many pixels.
     """
     try:
         image = Image.open(BytesIO(body), formats=FORMATS)
     except UnidentifiedImageError:
-        raise DataError(f"not an image of a known format (starts with {body[:8]!r})") from None
+        raise BadSample(f"not an image of a known format (starts with {body[:8]!r})") from None
     except Exception as error:  # noqa: BLE001 - as in `decode`: headers are parsed here
-        raise DataError(f"damaged image header ({error})") from None
+        raise BadSample(f"damaged image header ({error})") from None
     if image.width * image.height > MAX_PIXELS:
-        raise DataError(
+        raise BadSample(
             f"image of {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} that are decoded"
         )
     return image
@@ -49,7 +54,7 @@ def decode(body: bytes, channels: int) -> Image.Image:
     """An upright 8-bit image of 1 ("L") or 3 ("RGB") channels.
 
     Raises:
-        DataError: bytes that are not one whole image of a kind in the table above.
+        BadSample: bytes that are not one whole image of a kind in the table above.
     """
     if channels not in MODES:
         raise UsageError(f"encoder.channels: {channels}; images are read with 1 or 3 channels")
@@ -58,20 +63,28 @@ def decode(body: bytes, channels: int) -> Image.Image:
         image.load()
         image = ImageOps.exif_transpose(image)
         return _to_mode(image, MODES[channels])
-    except DataError:
+    except BadSample:
         raise
     except Exception as error:  # noqa: BLE001 - hostile bytes make decoders raise anything (struct.error, OverflowError, ...)
-        raise DataError(f"damaged image ({error})") from None
+        raise BadSample(f"damaged image ({error})") from None
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.rint(np.asarray(image, dtype=np.float32) / 257).astype(np.uint8))
+        image = _from_16_bits(image)
     if image.mode in {"I", "F"}:
-        raise DataError(f"32-bit image (mode {image.mode}): its range is unknown; store 8 or 16 bits")
+        raise BadSample(f"32-bit image (mode {image.mode}): its range is unknown; store 8 or 16 bits")
     if image.mode in _ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    levels = np.rint(values.astype(np.float32) / 257).astype(np.uint8)
+    if "transparency" in image.info:  # one grey value that stands for no colour; it may share its 8 bits with others
+        levels[values == image.info["transparency"]] = 255
+    return Image.fromarray(levels)

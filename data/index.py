@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from selfsight.console import say
 from selfsight.data.tar import Member, members
 from selfsight.errors import DataError, StorageError
 
@@ -52,8 +53,10 @@ def index_path(shard: Path) -> Path:
 
 
 def build_index(shard: Path, *, missing: str = "error") -> Records:
-    """Walk one tar and write its index; see `scan`."""
-    records = scan(shard, missing)
+    """Walk one tar and write its index; see `scan`. Samples that are left out are counted aloud."""
+    records, left = _walk(shard, missing)
+    if left:
+        say(f"{shard}: {left}; left out")
     _write(index_path(shard), records, shard.stat().st_size)
     return records
 
@@ -63,11 +66,16 @@ def scan(shard: Path, missing: str = "error") -> Records:
 
     Args:
         shard: a plain tar of `KEY.jpg`-like images and, if there are labels, `KEY.cls` integers.
-        missing: what to do with a key that has no image: "error", or "exclude" it.
+        missing: what to do with a key that has no image, or one of zero bytes: "error", or "exclude" it.
 
     Raises:
         DataError: a damaged tar, a duplicate key, several images in one sample, a bad label, or no image at all.
     """
+    return _walk(shard, missing)[0]
+
+
+def _walk(shard: Path, missing: str) -> tuple[Records, str]:
+    """The records, and what was left out, in words."""
     try:
         with shard.open("rb") as file:
             # An empty file cannot be mapped; the walk says of it what it says of any cut tar.
@@ -75,12 +83,11 @@ def scan(shard: Path, missing: str = "error") -> Records:
     except OSError as error:
         raise DataError(f"{shard}: cannot be read ({error.strerror})") from None
     _refuse_compressed(shard, bytes(buffer[:6]))
-    records = np.array(
-        [_record(shard, buffer, key, fields) for key, fields in _samples(shard, buffer, missing).items()], RECORD
-    )
+    samples, left = _samples(shard, buffer, missing)
+    records = np.array([_record(shard, buffer, key, fields) for key, fields in samples.items()], RECORD)
     if not len(records):
         raise DataError(f"{shard}: holds no image (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return records
+    return records, left
 
 
 def read_index(shard: Path) -> Records:
@@ -100,6 +107,8 @@ def read_index(shard: Path) -> Records:
         raise DataError(
             f"{error.filename}: not found" if error.filename == str(shard) else f"{shard}: has no index{fix}"
         ) from None
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
     except ValueError:  # a file that is no whole number of records
         raise DataError(f"{path}: the index is damaged{fix}") from None
     if not head.size or head["magic"][0] != MAGIC.rstrip(b"\0") or head["header_crc"][0] != _header_crc(head):
@@ -115,8 +124,11 @@ def read_index(shard: Path) -> Records:
     return records
 
 
-def _samples(shard: Path, buffer: memoryview, missing: str) -> dict[str, dict[str, Member]]:
-    """Fields by key, in order of first appearance. WebDataset's rule: the key ends at the basename's first dot."""
+def _samples(shard: Path, buffer: memoryview, missing: str) -> tuple[dict[str, dict[str, Member]], str]:
+    """Fields by key, in order of first appearance, of samples with an image, and how many have none, in words.
+
+    WebDataset's rule: the key ends at the basename's first dot.
+    """
     samples: dict[str, dict[str, Member]] = {}
     for member in members(buffer, str(shard)):
         folder, slash, name = member.name.rpartition("/")
@@ -125,13 +137,19 @@ def _samples(shard: Path, buffer: memoryview, missing: str) -> dict[str, dict[st
         if field.lower() in fields:
             raise DataError(f"{shard}: {member.name!r} stands twice; keys must be unique within a shard")
         fields[field.lower()] = member
-    without = [key for key, fields in samples.items() if not _images(fields)]
-    if without and missing == "error":
-        raise DataError(
-            f"{shard}: {len(without)} of {len(samples)} samples have no image, first {without[0]!r}; "
-            "leave them out with --missing exclude"
-        )
-    return {key: fields for key, fields in samples.items() if _images(fields)}
+    lacks = {key: lack for key, fields in samples.items() if (lack := _lack(fields))}
+    found = [(lack, [key for key in lacks if lacks[key] == lack]) for lack in sorted(set(lacks.values()))]
+    left = "; ".join(f"{len(keys)} of {len(samples)} samples have {lack}, first {keys[0]!r}" for lack, keys in found)
+    if left and missing == "error":
+        raise DataError(f"{shard}: {left}; leave them out with --missing exclude")
+    return {key: fields for key, fields in samples.items() if key not in lacks}, left
+
+
+def _lack(fields: dict[str, Member]) -> str:
+    images = _images(fields)
+    if not images:
+        return "no image"
+    return "" if images[0].size else "an image of zero bytes"
 
 
 def _images(fields: dict[str, Member]) -> list[Member]:
@@ -145,7 +163,7 @@ def _record(
     if len(images) > 1:
         raise DataError(f"{shard}: sample {key!r} holds {len(images)} images; one a sample is read")
     _, offset, size = images[0]
-    if not 0 < size < 2**32:
+    if size >= 2**32:
         raise DataError(f"{shard}: image {images[0].name!r} has {size} bytes")
     label = UNLABELLED
     if "cls" in fields:

@@ -8,8 +8,8 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from selfsight import keyed
 from selfsight.data.colour import DRAWS, change_colour
-from selfsight.data.decode import decode
+from selfsight.data.decode import BadSample, decode
 from selfsight.data.order import rank_positions, sample_ids
 from selfsight.data.shards import Shards
 from selfsight.data.views import View, ViewMaker
@@ -29,6 +29,16 @@ from selfsight.errors import DataError
 
 ROWS = 256  # of a stored teacher that are made at once
 SUBSTITUTES = 16  # tries to replace a bad sample; all bad means that the data are
+
+
+class Bad(NamedTuple):
+    """A sample that was replaced."""
+
+    position: int
+    sample: int
+    reason: str
+    where: str
+    """Shard and offset, as `Shards.describe` says them."""
 
 
 class HostBatch(NamedTuple):
@@ -42,8 +52,8 @@ class HostBatch(NamedTuple):
     """(B,) what the augmentation is drawn by, int64: the position, or the row of a fixed number of augmentations."""
     ids: Tensor
     """(B,) samples, after substitution, int64."""
-    bad: list[tuple[int, int, str]]
-    """(position, sample, reason) of every sample that was replaced."""
+    bad: list[Bad]
+    """Every sample that was replaced."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,24 @@ class Batches(Dataset[HostBatch]):
     accumulate: int = 1
     augmentations: int | None = None
     """So many augmentations of each sample, one an epoch in turn; None: every epoch has its own."""
+    condemned: Mapping[int, str] = field(default_factory=dict)
+    """Samples that took down whoever decoded them, and how: bad without being read."""
+    report: Callable[[int], None] | None = None
+    """Told of every sample before it is decoded, by a process that may not outlive it."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Pixels of one micro-batch."""
+        images = self.batch_size // self.world // self.accumulate
+        return images * self.channels * sum(maker.size**2 for maker in self.makers)
+
+    def without(self, condemned: Mapping[int, str]) -> "Batches":
+        """The same batches, these samples replaced as any bad sample is."""
+        return replace(self, condemned={**self.condemned, **condemned})
+
+    def watched(self, report: Callable[[int], None]) -> "Batches":
+        """The same batches, each sample reported before it is decoded."""
+        return replace(self, report=report)
 
     def __getitem__(self, number: int) -> HostBatch:
         step, micro = divmod(number, self.accumulate)
@@ -74,7 +102,7 @@ class Batches(Dataset[HostBatch]):
         """The views of these samples with these augmentations."""
         draws = [maker.draws(keys) for maker in self.makers]
         shifts = [maker.shifts(keys) for maker in self.makers]
-        bad: list[tuple[int, int, str]] = []
+        bad: list[Bad] = []
         made: list[list[np.ndarray]] = []
         for slot, position in enumerate(positions):
             image, ids[slot] = self._image(int(position), int(keys[slot]), int(ids[slot]), bad)
@@ -86,23 +114,34 @@ class Batches(Dataset[HostBatch]):
         views_of_all = tuple(torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
         return HostBatch(views_of_all, torch.from_numpy(positions), torch.from_numpy(keys), torch.from_numpy(ids), bad)
 
-    def _image(self, position: int, key: int, sample: int, bad: list[tuple[int, int, str]]) -> tuple[Image.Image, int]:
+    def _image(self, position: int, key: int, sample: int, bad: list[Bad]) -> tuple[Image.Image, int]:
         """The image of a sample; a bad one gives way to a substitute that depends on nothing but the key."""
         for candidate in self._candidates(key, sample):
             try:
-                return decode(self.shards.read(candidate), self.channels), candidate
-            except DataError as error:
-                bad.append((position, candidate, str(error)))
-        raise DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1][2]}")
+                return self._decoded(candidate), candidate
+            except BadSample as error:
+                bad.append(self._bad(position, candidate, error))
+        raise DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1].where}: {bad[-1].reason}")
 
-    def _neighbour(self, position: int, sample: int, shift: int, bad: list[tuple[int, int, str]]) -> Image.Image | None:
+    def _neighbour(self, position: int, sample: int, shift: int, bad: list[Bad]) -> Image.Image | None:
         """The image of a neighbour; None if there is none, or it is bad."""
         other = self.shards.neighbour(sample, shift)
         try:
-            return decode(self.shards.read(other), self.channels) if other != sample else None
-        except DataError as error:
-            bad.append((position, other, str(error)))
+            return self._decoded(other) if other != sample else None
+        except BadSample as error:
+            bad.append(self._bad(position, other, error))
             return None
+
+    def _decoded(self, sample: int) -> Image.Image:
+        if sample in self.condemned:
+            raise BadSample(self.condemned[sample])
+        if self.report:
+            self.report(sample)
+        return decode(self.shards.read(sample), self.channels)
+
+    def _bad(self, position: int, sample: int, error: BadSample) -> Bad:
+        where = self.shards.describe(sample)
+        return Bad(position, sample, str(error).removeprefix(f"{where}: "), where)
 
     def _candidates(self, key: int, sample: int) -> Iterator[int]:
         yield sample
@@ -125,12 +164,21 @@ class Rows(Dataset[HostBatch]):
         return self.batches.make(rows, rows % len(self.batches.shards), rows)
 
 
-def loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLoader:
-    """Items `numbers` of a dataset, in that order, made ahead by `workers` processes (0: by this one)."""
-    # forkserver: a fork of this process would copy its threads' locks; the server imports torch once for all workers.
-    context = torch.multiprocessing.get_context("forkserver") if workers else None
-    if context is not None:
-        context.set_forkserver_preload(["selfsight.data.loader"])
+def forkserver() -> Any:
+    """How worker processes start: a fork of this process would copy its threads' locks.
+
+    The server imports torch once for all workers.
+    """
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["selfsight.data.loader"])
+    return context
+
+
+def loader(dataset: Any, numbers: range, workers: int, pin: bool) -> DataLoader:
+    """Items `numbers` of a dataset, in that order, made ahead by `workers` processes (0: by this one).
+
+    A worker that dies ends the iteration; training has `selfsight.data.feed`, which goes on.
+    """
     return DataLoader(
         dataset,
         batch_size=None,
@@ -138,12 +186,12 @@ def loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLoa
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,
-        multiprocessing_context=context,
-        worker_init_fn=_end_with_parent,
+        multiprocessing_context=forkserver() if workers else None,
+        worker_init_fn=end_with_parent,
     )
 
 
-def _end_with_parent(worker: int) -> None:
+def end_with_parent(worker: int = 0) -> None:
     """Leave stopping to the training process, and end when it is gone, however it went.
 
     A terminal, torchrun or a cluster signals every process of a group, but the trainer still needs the batches of its

@@ -2,21 +2,33 @@
 
 import glob
 import os
+import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from selfsight.data import digits
-from selfsight.data.index import IMAGE_SUFFIXES, read_index
-from selfsight.errors import DataError, UsageError
+from selfsight.data.decode import BadSample
+from selfsight.data.index import IMAGE_SUFFIXES, Records, read_index
+from selfsight.errors import DataError, DataGone, UsageError
 
 OPEN_FILES = 128  # per process, well under the usual limit of 1,024
+PATIENCE = 30.0  # seconds that a file system may be away
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
+
+T = TypeVar("T")
+
+
+class ShardChanged(DataError):
+    """A shard that is no longer the file that was there at the start: no fault of one sample."""
 
 
 def find_shards(spec: str | Sequence[str]) -> list[Path]:
@@ -70,14 +82,30 @@ def _expand(path: Path) -> list[Path]:
 
 
 class Shards:
-    """N samples in tars, by number. Cheap to send to a worker: files are opened by the process that reads them."""
+    """N samples in tars, by number. Cheap to send to a worker: files are opened by the process that reads them.
+
+    Raises:
+        DataError: shards that are missing, or whose index is missing, damaged or stale.
+    """
+
+    patience = PATIENCE
+    """Seconds for which a file that cannot be read is tried again."""
 
     def __init__(self, spec: str | Sequence[str]) -> None:
         self.paths = find_shards(spec)
         self.spec = spec if isinstance(spec, str) else " ".join(spec)
-        self._records = [read_index(path) for path in self.paths]
+        self._loaded: list[Records] | None = [read_index(path) for path in self.paths]
+        self._seen = [_identity(os.stat(path)) for path in self.paths]
+        self._checksums = [_checksum(records) for records in self._loaded]
         self._starts = np.cumsum([0, *map(len, self._records)])
         self._files: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def _records(self) -> list[Records]:
+        """The indexes; a worker maps them at its first sample, where an error can be told to the one that waits."""
+        if self._loaded is None:
+            self._loaded = [self._waited(shard, partial(self._reopened, shard)) for shard in range(len(self.paths))]
+        return self._loaded
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -114,20 +142,54 @@ class Shards:
         """The encoded image of one sample, by one `pread`.
 
         Raises:
-            DataError: a file that cannot be read, or bytes that are not those that were indexed.
+            BadSample: bytes that are not those that were indexed.
+            ShardChanged: the shard is another file than at the start.
+            DataGone: the shard cannot be read, and could not for `patience` seconds.
         """
         shard, record = self._locate(sample)
-        size, reason = int(record["size"]), ""
+        size, offset = int(record["size"]), int(record["offset"])
         for _ in range(2):  # a second read tells a passing fault from a lasting one
-            try:
-                body = os.pread(self._file(shard), size, int(record["offset"]))
-            except OSError as error:
-                reason = f"cannot be read ({error.strerror})"
-                continue
+            body = self._waited(shard, partial(self._pread, shard, size, offset))
             if zlib.crc32(body) == record["crc"]:
                 return body
-            reason = "the bytes are not those that were indexed (CRC)"
-        raise DataError(f"{self.describe(sample)}: {reason}")
+        if _identity(self._waited(shard, partial(os.stat, self.paths[shard]))) != self._seen[shard]:
+            raise ShardChanged(self._changed(shard))
+        raise BadSample(f"{self.describe(sample)}: the bytes are not those that were indexed (CRC)")
+
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._file(shard), size, offset)
+        except OSError:
+            self.close()  # after an outage old files may stay unreadable for ever (ESTALE)
+            raise
+
+    def _waited(self, shard: int, attempt: Callable[[], T]) -> T:
+        """What `attempt` gives, once the file system lets it."""
+        end, pause = time.monotonic() + self.patience, FIRST_PAUSE
+        while True:
+            try:
+                return attempt()
+            except OSError as error:
+                if time.monotonic() + pause > end:
+                    raise DataGone(
+                        f"{self.paths[shard]}: the data cannot be reached any more ({error.strerror}, for {self.patience:g} s); "
+                        "run the same command when they are back"
+                    ) from None
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _reopened(self, shard: int) -> Records:
+        os.stat(self.paths[shard])  # raises what `_waited` waits for, where `read_index` says that no run can start
+        records = read_index(self.paths[shard])
+        if _checksum(records) != self._checksums[shard]:
+            raise ShardChanged(self._changed(shard))
+        return records
+
+    def _changed(self, shard: int) -> str:
+        return (
+            f"{self.paths[shard]}: is another file than when the run started (replaced, cut or written to); "
+            "put the old one back, or start a new run with the new data"
+        )
 
     def _locate(self, sample: int) -> tuple[int, np.void]:
         if not 0 <= sample < len(self):
@@ -139,7 +201,9 @@ class Shards:
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            file = self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            if os.fstat(file).st_size != self._seen[shard][0]:
+                raise ShardChanged(self._changed(shard))
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -153,8 +217,12 @@ class Shards:
             self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": OrderedDict(), "_records": None}
+        return self.__dict__ | {"_files": OrderedDict(), "_loaded": None}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._records = [read_index(path) for path in self.paths]
+
+def _checksum(records: Records) -> int:
+    return zlib.crc32(records.tobytes())
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_size, found.st_mtime_ns, found.st_ino

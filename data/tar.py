@@ -10,8 +10,13 @@ from typing import NamedTuple
 from selfsight.errors import DataError
 
 BLOCK = 512
+EXTENSION_MOST = (
+    2**20
+)  # bytes of a long name or pax header; real ones have some hundred, and this one is kept in memory
 _END = bytes(BLOCK)
+DIGITS = 20  # of a number in a pax header: 2^64 has as many
 _FILES, _SKIPPED = b"0\x007", b"5g"  # regular (three spellings); directory, global pax header
+_EXTENSIONS = b"xLK"  # pax header, GNU long name, GNU long link: about the member that follows
 _REFUSED = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -47,9 +52,13 @@ def members(buffer: memoryview, shard: str) -> Iterator[Member]:
         kind = header[156:157]
         declared = _number(header[124:136], shard, position)
         start = position + BLOCK
-        length = declared if size is None or kind in b"xLK" else size
+        length = declared if size is None or kind in _EXTENSIONS else size
         if start + length > len(buffer):
             raise DataError(f"{shard}: the member at byte {position} claims {length} bytes, past the end of the file")
+        if kind in _EXTENSIONS and length > EXTENSION_MOST:
+            raise DataError(
+                f"{shard}: the name or pax header at byte {position} claims {length:,} bytes; rebuild the shard"
+            )
         if kind == b"x":
             name, size = _pax(bytes(buffer[start : start + length]), shard, position, name)
         elif kind == b"L":
@@ -63,8 +72,12 @@ def members(buffer: memoryview, shard: str) -> Iterator[Member]:
         elif kind == b"5":
             name = size = None
         position = start + -(-length // BLOCK) * BLOCK
-    if any(buffer[position:]):
+    if not _all_zero(buffer, position):
         raise DataError(f"{shard}: has data after its end marker at byte {position} (joined tars?); rebuild it")
+
+
+def _all_zero(buffer: memoryview, start: int, step: int = 2**20) -> bool:
+    return all(not bytes(buffer[i : i + step]).strip(b"\0") for i in range(start, len(buffer), step))
 
 
 def _check_header(header: bytes, shard: str, position: int) -> None:
@@ -95,18 +108,18 @@ def _text(field: bytes) -> str:
 
 def _pax(body: bytes, shard: str, position: int, name: str | None) -> tuple[str | None, int | None]:
     """The path and size that a pax extended header gives: records of `<length> <key>=<value>\\n`."""
-    size = None
-    while body.strip(b"\0"):
-        length, _, _ = body.partition(b" ")
-        if not length.isdigit() or not len(length) + 2 < int(length) <= len(body):
+    size, at, end = None, 0, len(body.rstrip(b"\0"))
+    while at < end:
+        length = body[at : at + DIGITS].partition(b" ")[0]
+        if not length.isdigit() or not len(length) + 2 < int(length) <= len(body) - at:
             raise DataError(f"{shard}: the pax header at byte {position} is damaged")
-        key, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
-        body = body[int(length) :]
+        key, _, value = body[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
+        at += int(length)
         if key == b"path":
             name = _text(value)
         elif key == b"size":
-            if not value.isdigit():
-                raise DataError(f"{shard}: the pax header at byte {position} gives the size {value!r}")
+            if not value.isdigit() or len(value) > DIGITS:
+                raise DataError(f"{shard}: the pax header at byte {position} gives the size {value[:32]!r}")
             size = int(value)
         elif key.startswith(b"GNU.sparse"):
             raise DataError(f"{shard}: the member at byte {position} is sparse; only plain files are read")

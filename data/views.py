@@ -14,6 +14,7 @@ from selfsight.section import Section
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CROP_TRIES = 10  # as in torchvision
+LONGEST = 8  # times the shorter side; of longer images only the middle is resized: 1 x 20,000 would become gigabytes
 
 
 class View(Section):
@@ -118,11 +119,19 @@ class ViewMaker:
 def resize_and_crop(image: Image.Image, size: int, crop_pct: float, resampling: Image.Resampling) -> Image.Image:
     """Evaluation's view: shorter side to floor(size / crop_pct), then the central size x size, as timm does it."""
     short = int(size / crop_pct)
+    if max(image.size) > LONGEST * min(image.size):
+        image = _middle(image, LONGEST * min(image.size))
     if min(image.size) != short:
         longer = short * max(image.size) // min(image.size)
         image = image.resize((short, longer) if image.width <= image.height else (longer, short), resampling)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def _middle(image: Image.Image, most: int) -> Image.Image:
+    width, height = (min(side, most) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:

@@ -106,8 +106,8 @@ def test_a_bad_sample_gives_way_to_the_same_substitute_everywhere(tmp_path: Path
     first = joined(list(loader(batches(tmp_path), range(10), 0, False)))
     assert same(first, joined(list(loader(batches(tmp_path), range(10), 2, False))))
     assert same(first, joined([batches(tmp_path, 12, rank, 2)[step] for step in range(10) for rank in (0, 1)]))
-    assert {sample for _, sample, _ in first.bad} == {7}
-    assert all("not those that were indexed" in reason for _, _, reason in first.bad)
+    assert {sample for _, sample, _, _ in first.bad} == {7}
+    assert all("not those that were indexed" in reason for _, _, reason, _ in first.bad)
     assert 7 not in first.ids
     assert len(set(first.ids[clean.ids == 7].tolist())) > 1  # a function of the position: not one sample for all epochs
     untouched = clean.ids != 7
@@ -195,8 +195,8 @@ def test_a_substitute_belongs_to_the_augmentation(tmp_path: Path) -> None:
         key = int(everything.keys[slot])
         assert everything.ids[slot] == rows.ids[key] != 7
         assert torch.equal(everything.views[0][slot], rows.views[0][key])
-    assert sorted(position for position, _, _ in everything.bad) == sorted(everything.positions[replaced].tolist())
-    assert {(position, sample) for position, sample, _ in rows.bad} == {(7, 7), (47, 7)}
+    assert sorted(position for position, _, _, _ in everything.bad) == sorted(everything.positions[replaced].tolist())
+    assert {(position, sample) for position, sample, _, _ in rows.bad} == {(7, 7), (47, 7)}
     assert rows.ids[7] != rows.ids[47]
 
 
@@ -273,7 +273,7 @@ def test_a_bad_neighbour_leaves_the_image_itself_and_is_recorded(clips: Path) ->
     for host in (made[number] for number in range(12)):
         for slot, (position, sample) in enumerate(zip(host.positions.tolist(), host.ids.tolist(), strict=True)):
             if shards.neighbour(sample, 1) == 1:
-                reasons = [reason for where, other, reason in host.bad if where == position and other == 1]
+                reasons = [reason for at, other, reason, _ in host.bad if at == position and other == 1]
                 assert reasons, "the bad neighbour is recorded"
                 assert all("not those that were indexed" in reason for reason in reasons)
                 assert np.array_equal(host.views[1][slot].numpy(), frames[sample])

@@ -1,7 +1,6 @@
 """Indexes and reading by number."""
 
 import gc
-import lzma
 import os
 import pickle
 import shutil
@@ -121,58 +120,10 @@ def test_bit_rot_in_a_sample_is_found(tmp_path: Path) -> None:
     raw = bytearray(shards.paths[0].read_bytes())
     raw[int(record["offset"]) + 20] ^= 1
     shards.paths[0].write_bytes(raw)
+    shards = Shards(str(tmp_path))
     assert shards.read(0)
     with pytest.raises(DataError, match=r"s-000000.tar@\d+: the bytes are not those that were indexed"):
         shards.read(1)
-
-
-def test_keys(tmp_path: Path) -> None:
-    files = [
-        ("img.v1.jpg", PNG),
-        ("IMG.JPG", PNG),
-        ("dir.a/img.cls", b"7"),
-        ("dir.a/img.png", PNG),
-        ("späce x.png", PNG),
-        ("img.cls", b"3\n"),
-    ]
-    assert build_index(forge(tmp_path / "x.tar", files))["label"].tolist() == [3, -1, 7, -1]
-
-
-def test_interleaved_members_find_their_labels(tmp_path: Path) -> None:
-    files = [("a.png", b"A"), ("b.png", b"B"), ("a.cls", b"0"), ("b.cls", b"1")]
-    records = build_index(forge(tmp_path / "x.tar", files))
-    shards = Shards(str(tmp_path / "x.tar"))
-    assert [(shards.read(i), int(records[i]["label"])) for i in (0, 1)] == [(b"A", 0), (b"B", 1)]
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ([("a.png", PNG), ("a.png", PNG)], "stands twice"),
-        ([("a.png", PNG), ("a.jpg", PNG)], "holds 2 images"),
-        ([("a.png", b"")], "has 0 bytes"),
-        ([("a.png", PNG), ("a.cls", b"cat")], "not an integer"),
-        ([("a.png", PNG), ("a.cls", b"-1")], "not an integer"),
-        ([("a.png", PNG), ("a.cls", b"99999999999")], "not an integer"),
-        ([("a.png", PNG), ("b.cls", b"1")], "1 of 2 samples have no image, first 'b'"),
-        ([("a.txt", b"x")], "no image"),
-        ([], "no image"),
-    ],
-)
-def test_what_cannot_be_indexed(tmp_path: Path, files: list[tuple[str, bytes]], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        build_index(forge(tmp_path / "x.tar", files))
-
-
-def test_samples_without_an_image_can_be_left_out(tmp_path: Path) -> None:
-    shard = forge(tmp_path / "x.tar", [("a.png", PNG), ("b.cls", b"1")])
-    assert len(build_index(shard, missing="exclude")) == 1
-
-
-def test_compressed_tars_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(lzma.compress(make_tar([("a.png", PNG)])))
-    with pytest.raises(DataError, match=r"is compressed.*selfsight shards build"):
-        build_index(tmp_path / "x.tar")
 
 
 def test_the_data_id_is_of_contents_and_not_of_places(small_shards: Path, tmp_path: Path) -> None:

@@ -1,14 +1,11 @@
-"""Decoding and geometry: golden pixels, and torchvision's own transforms given the same parameters."""
+"""Geometry: torchvision's own transforms given the same parameters. Decoding is in faults/test_images.py."""
 
-import contextlib
 import math
-import warnings
-from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
@@ -17,117 +14,12 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as reference
 
 from selfsight import keyed
-from selfsight.data.decode import decode, open_image
 from selfsight.data.views import CROP_TRIES, RESAMPLING, View, ViewMaker, crop_box, resize_and_crop, to_array
-from selfsight.errors import DataError, UsageError
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
-    out = BytesIO()
-    image.save(out, form, **options)
-    return out.getvalue()
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
     shape = (height, width) if mode == "L" else (height, width, 3)
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
-
-
-# -- decoding
-
-
-def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    grey = np.asarray(decode(encoded(Image.fromarray(ramp)), 1))
-    assert np.array_equal(grey, np.rint(ramp / 257).astype(np.uint8))
-    assert (np.asarray(decode(encoded(Image.fromarray(ramp)), 3)) == grey[..., None]).all()
-
-
-def test_transparency_is_composed_over_white() -> None:
-    for image in (Image.new("RGBA", (2, 2), (255, 0, 0, 128)), Image.new("LA", (2, 2), (0, 128))):
-        pixel = np.asarray(decode(encoded(image), 3))[0, 0]
-        expected = [255, 127, 127] if image.mode == "RGBA" else [127, 127, 127]
-        assert np.abs(pixel.astype(int) - expected).max() <= 1
-    palette = Image.new("P", (2, 2), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert np.asarray(decode(encoded(palette), 3))[0, 0].tolist() == [10, 20, 30]
-    assert np.asarray(decode(encoded(palette, transparency=1), 3))[0, 0].tolist() == [255, 255, 255]
-
-
-@pytest.mark.parametrize(("mode", "colour", "rgb"), [
-    ("1", 1, [255] * 3), ("L", 77, [77] * 3), ("RGB", (1, 2, 3), [1, 2, 3]),
-])  # fmt: skip
-def test_modes(mode: str, colour: object, rgb: list[int]) -> None:
-    assert np.asarray(decode(encoded(Image.new(mode, (3, 2), colour)), 3))[0, 0].tolist() == rgb  # type: ignore[arg-type]
-
-
-def test_cmyk_jpeg() -> None:
-    pixel = np.asarray(decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100), 3))[
-        4, 4
-    ].astype(int)
-    assert np.abs(pixel - [255, 0, 0]).max() < 6  # red, not its inverse
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
-    upright = noise(6, 4)
-    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # PIL's transpose that the tag undoes
-    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(np.asarray(decode(encoded(stored, exif=exif), 3)), np.asarray(upright))
-
-
-def test_the_first_frame_of_an_animation() -> None:
-    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
-    body = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert np.asarray(decode(body, 3))[0, 0].tolist() == [255, 0, 0]
-
-
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_truncated_images_are_refused_wherever_they_are_cut(form: str) -> None:
-    body = encoded(noise(64, 64), form)
-    assert decode(body, 3)
-    for share in np.linspace(0.05, 0.95, 10):
-        with pytest.raises(DataError):
-            decode(body[: int(len(body) * share)], 3)
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"<html>404</html>", b"%PDF-1.4", b"\x89PNG\r\n\x1a\n" + bytes(50), b"\xff\xd8\xff"]
-)
-def test_what_is_no_image_is_refused(body: bytes) -> None:
-    with pytest.raises(DataError, match=r"not an image|damaged"):
-        decode(body, 3)
-
-
-def test_bombs_are_refused_from_the_header() -> None:
-    for side in (7_100, 14_000):
-        body = encoded(Image.new("1", (side, side)))
-        with pytest.raises(DataError, match=r"exceeds limit|more than the 50,000,000"):
-            open_image(body)
-
-
-def test_32_bit_images_are_refused() -> None:
-    with pytest.raises(DataError, match="range is unknown"):
-        decode(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), 1)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"]), st.integers(0, 2**32), st.integers(1, 30))
-def test_hostile_bytes_are_a_data_error_or_an_image(form: str, seed: int, flips: int) -> None:
-    body, rng = bytearray(encoded(noise(9, 7), form)), np.random.default_rng(seed)
-    for place in rng.integers(0, len(body), flips):
-        body[place] = rng.integers(0, 256)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF
-        with contextlib.suppress(DataError):
-            assert decode(bytes(body), 3).mode == "RGB"
-
-
-def test_other_channels_are_not_read_yet() -> None:
-    with pytest.raises(UsageError, match="images are read with 1 or 3 channels"):
-        decode(encoded(noise(4, 4)), 2)
 
 
 # -- geometry

@@ -19,6 +19,12 @@ class DataError(SelfsightError):
     exit_code = 65
 
 
+class DataGone(SelfsightError):
+    """Shards that were there at the start and cannot be reached any more; the same command goes on when they are back."""
+
+    exit_code = 75
+
+
 class NumericError(SelfsightError):
     """A non-finite loss or gradient."""
 

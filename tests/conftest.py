@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from PIL import Image
 from selfsight.data.build import write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "faults"), str(ROOT / "benchmarks")]
+
+from launch import Job, Launcher, words  # noqa: E402 - found by the line above
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,3 +89,24 @@ def selfsight() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory, _own_cache: None) -> Iterator[Launcher]:
+    """Forks ranks; `launcher.start(...)` gives the Job."""
+    with Launcher(tmp_path_factory.mktemp("jobs")) as started:
+        yield started
+
+
+@pytest.fixture
+def start(launcher: Launcher, small_fields: dict[str, Any]) -> Callable[..., Job]:
+    """Start a small run of an objective on so many ranks, with faults; other keywords as for `Launcher.start`."""
+
+    def started(
+        world: int = 1, faults: str = "", fields: dict[str, Any] | None = None, objective: str = "mae", **more: Any
+    ) -> Job:
+        own = {key: value for key, value in small_fields.items() if objective == "mae" or "decoder" not in key}
+        changed = own | {"train.timeout": 20} | (fields or {})
+        return launcher.start(["pretrain", f"digits/{objective}", *words(changed)], world, faults, **more)
+
+    return started

@@ -6,6 +6,12 @@ class SelfsightError(Exception):
 
     exit_code = 1
 
+    @property
+    def message(self) -> str:
+        """What to say; a loader worker's error comes wrapped in its traceback, whose end is the message."""
+        text = str(self)
+        return text.strip().splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+
 
 class UsageError(SelfsightError):
     """A wrong command line, recipe or argument."""
@@ -17,12 +23,6 @@ class DataError(SelfsightError):
     """Shards, indexes or images that cannot be used as they are."""
 
     exit_code = 65
-
-
-class DataGone(SelfsightError):
-    """Shards that were there at the start and cannot be reached any more; the same command goes on when they are back."""
-
-    exit_code = 75
 
 
 class NumericError(SelfsightError):

@@ -16,9 +16,19 @@ from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged, Canonical
 from selfsight.checkpoint import Saver
 from selfsight.collapse import EVERY, CollapseWatch
-from selfsight.data.loader import HostBatch, loader
+from selfsight.data.feed import feed
+from selfsight.data.loader import HostBatch
 from selfsight.divergence import DivergenceWatch
-from selfsight.errors import DataGone, NumericError, PeerLost, Stopped, StorageError, UsageError
+from selfsight.errors import (
+    DataError,
+    DataGone,
+    NumericError,
+    PeerLost,
+    SelfsightError,
+    Stopped,
+    StorageError,
+    UsageError,
+)
 from selfsight.eval.online import OnlineKNN
 from selfsight.faults import faultpoint
 from selfsight.finish import finish
@@ -32,6 +42,9 @@ from selfsight.processes import StopRequest, agree, join, loader_workers, same_o
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
 from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, require_writable, write_atomically
+
+# For which all ranks end a run at the same step; for the last two nothing can be saved.
+ENDINGS = Stopped, DataGone, DataError, StorageError, NumericError
 
 
 def pretrain(
@@ -103,14 +116,20 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
                 saver.save(step, parts.state(), parts.tensors(), wait)
 
     data = Feeder(parts, accelerator, first, meter)
+
+    def reasons() -> list[bool]:
+        found = data.problem or saver.failed
+        return [stop.asked, *(isinstance(found, kind) for kind in ENDINGS[1:])]
+
     with console.progress("training", steps, first, quiet=not main) as bar:
         hosts = data.of_step(first)
-        stopping, gone, unsaved = agree(accelerator, [stop.asked, data.gone is not None, False])
+        ending = agree(accelerator, reasons())
         for step in range(first, steps):
-            if stopping or gone or unsaved:
-                if step > first and not unsaved:
-                    save(step, wait=True)
-                leave(folder, accelerator, step, steps, stopping, unsaved, saver.failed or data.gone)
+            for why, agreed in zip(ENDINGS, ending, strict=True):
+                if agreed:
+                    if step > first and why not in ENDINGS[3:]:
+                        save(step, wait=True)
+                    leave(folder, accelerator, step, steps, why, saver.failed or data.problem)
             peers.now(step, "learning")
             faultpoint("learn", step + 1)
             losses = backward(hosts, partial(place, progress=step / steps))
@@ -119,9 +138,8 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
             peers.now(step, "reading data")
             used, hosts = hosts, data.of_step(step + 1)
             finite = all_finite(losses, norm)
-            flags = [not finite, stop.asked, data.gone is not None, saver.failed is not None]
             peers.now(step, "waiting for the other ranks")
-            broken, stopping, gone, unsaved = agree(accelerator, flags)
+            broken, *ending = agree(accelerator, [not finite, *reasons()])
             lr = lr_at(step, steps, recipe.optim)
             if broken:
                 parts.objective.forget_step()
@@ -174,27 +192,25 @@ def leave(
     accelerator: Accelerator,
     done: int,
     steps: int,
-    stopping: bool,
-    unsaved: bool,
-    problem: Exception | None,
+    why: type[SelfsightError],
+    problem: SelfsightError | None,
 ) -> NoReturn:
     """End a run that all ranks agree to end; what there is is saved, unless it cannot be.
 
     Args:
+        why: one of ENDINGS, which is raised.
         problem: what this rank knows of the reason.
-
-    Raises:
-        Stopped, DataGone, StorageError.
     """
-    if unsaved:
-        raise problem or StorageError("rank 0 cannot save; it says why")
-    if stopping and accelerator.is_main_process:
+    if why in ENDINGS[3:]:
+        raise problem or why("rank 0 cannot save; it says why")
+    if why is Stopped and accelerator.is_main_process:
         write_atomically(folder / STOPPED, f"{done}\n")
     accelerator.wait_for_everyone()  # a rank that leaves early has the launcher end the one that saves
     where = f"after step {done:,} of {steps:,}, saved; run the same command to go on"
-    if stopping:
+    if why is Stopped:
         raise Stopped(f"stopped on request {where}")
-    raise DataGone(f"{problem or 'another rank cannot reach its data'}\nthe run ended {where} when they are back")
+    told = problem.message if problem else "another rank cannot go on with its data; it says why"
+    raise why(f"{told}\nthe run ended {where} when that is mended")
 
 
 class Feeder:
@@ -207,27 +223,27 @@ class Feeder:
     def __init__(self, parts: Parts, accelerator: Accelerator, first: int, meter: Meter) -> None:
         train = parts.recipe.train
         self.steps, self.micros, self.meter = parts.steps, train.accumulate, meter
-        self.quarantine = Quarantine(parts.recipe.run_dir, accelerator.process_index)
+        self.quarantine = Quarantine(parts.recipe.run_dir, accelerator.process_index, parts.recipe.data.bad_share)
         numbers = range(first * self.micros, self.steps * self.micros)
         batches = parts.batches(accelerator.process_index, accelerator.num_processes)
         pin = accelerator.device.type == "cuda"
-        self.batches = iter(loader(batches, numbers, loader_workers(parts.recipe), pin))
-        self.gone: DataGone | None = None
-        """Why there is nothing more for now."""
+        self.batches = feed(batches, numbers, loader_workers(parts.recipe), pin, train.timeout)
+        self.problem: DataGone | DataError | None = None
+        """Why there is nothing more."""
 
     def of_step(self, step: int) -> list[HostBatch]:
-        """The micro-batches of step `step` (from 0); none after the last one, or if the data are gone."""
+        """The micro-batches of step `step` (from 0); none after the last one, or if there is a problem."""
         if step >= self.steps:
             return []
         try:
             with self.meter.waiting():
                 faultpoint("data", step + 1)
                 hosts = [next(self.batches) for _ in range(self.micros)]
-        except DataGone as error:
-            self.gone = error
+            for host in hosts:
+                self.quarantine.record(host)
+        except (DataGone, DataError) as error:
+            self.problem = error
             return []
-        for host in hosts:
-            self.quarantine.record(host)
         return hosts
 
 

@@ -76,7 +76,7 @@ class Job:
     def told(self, rank: int | None = None) -> str:
         """What a rank (or all of them) has printed."""
         logs = self.logs if rank is None else [self.logs[rank]]
-        return "".join(log.read_text(errors="replace") for log in logs)
+        return "".join(log.read_text(errors="replace") for log in logs if log.exists())
 
 
 class Launcher:

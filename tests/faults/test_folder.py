@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -239,3 +240,42 @@ def test_other_failures_of_a_lock_are_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(StorageError, match="cannot be written"), RunLock(tmp_path):
         pass
+
+
+# -- the data
+
+
+def copy_of(shards: Path, folder: Path) -> Path:
+    """A copy that a test may harm."""
+    shutil.copytree(shards, folder)
+    return folder
+
+
+def test_data_that_are_gone_end_the_run_saved_and_it_goes_on_when_they_are_back(
+    start: Start, small_shards: Path, tmp_path: Path
+) -> None:
+    """On one of two ranks; both end at the same step."""
+    data = copy_of(small_shards, tmp_path / "data")
+    fields = {"data.train": data, "train.steps": 200, "train.save_every": 100, "plugin": "harm"}
+    harm = {"HARM_STEP": "30", "HARM_RANK": "1", "HARM_KIND": "gone"}
+    job = start(2, "data sleep=0.01", fields, environment=harm)
+    assert job.wait(60) == [75, 75], job.told()
+    assert re.search(r"/nowhere/small-00000\d\.tar: the data cannot be reached any more", job.told(1))
+    assert "another rank cannot go on with its data" in job.told(0)
+    (saved,) = (int(found) for found in re.findall(r"the run ended after step (\d+) of 200, saved", job.told(0)))
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == saved
+    assert start(2, fields=fields | {"train.steps": 200}).wait(60) == [0, 0]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_shards_that_are_replaced_end_the_run_on_all_ranks(
+    start: Start, small_shards: Path, tmp_path: Path, world: int
+) -> None:
+    data = copy_of(small_shards, tmp_path / "data")
+    fields = {"data.train": data, "train.steps": 200, "train.save_every": 100, "plugin": "harm"}
+    harm = {"HARM_STEP": "30", "HARM_RANK": "0", "HARM_KIND": "replaced"}
+    job = start(world, fields=fields, environment=harm)
+    assert job.wait(60) == [65] * world, job.told()
+    assert "is another file than when the run started" in job.told()
+    (saved,) = {int(found) for found in re.findall(r"the run ended after step (\d+) of 200, saved", job.told())}
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == saved >= 29

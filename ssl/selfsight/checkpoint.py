@@ -11,6 +11,7 @@ import shutil
 import threading
 from hashlib import sha256
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +116,14 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.failures = 0
         self.error: SelfsightError | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish()  # whatever happened: the run folder is not left before
 
     @property
     def failed(self) -> SelfsightError | None:

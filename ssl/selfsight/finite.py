@@ -56,7 +56,14 @@ class BadSteps:
         return ""
 
     def record(
-        self, step: int, rank: int, hosts: list[HostBatch], losses: list[Loss], facts: dict[str, Any], shards: Shards
+        self,
+        step: int,
+        rank: int,
+        seed: int,
+        hosts: list[HostBatch],
+        losses: list[Loss],
+        norm: Tensor,
+        shards: Shards,
     ) -> None:
         """Write this rank's samples, seeds and scalars of a bad step. A disk that is full does not end the run."""
         if self.written >= BUNDLES:
@@ -72,9 +79,10 @@ class BadSteps:
             | {name: repr(term.float().mean().item()) for name, term in loss.terms.items()}
             for loss in losses
         ]
+        facts: dict[str, Any] = {"step": step, "seed": seed, "norm": repr(norm.item())}
         path = self.folder / f"step-{step:08d}-rank-{rank}.json"
         try:
             self.folder.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"step": step, **facts, "losses": scalars, "samples": samples}, indent=1))
+            path.write_text(json.dumps(facts | {"losses": scalars, "samples": samples}, indent=1))
         except OSError as error:
             console.say(f"warning: {path}: cannot be written ({error.strerror})")

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_
 
 from selfsight import checkpoint, console
@@ -121,7 +123,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
         found = data.problem or saver.failed
         return [stop.asked, *(isinstance(found, kind) for kind in ENDINGS[1:])]
 
-    with console.progress("training", steps, first, quiet=not main) as bar:
+    with saver, console.progress("training", steps, first, quiet=not main) as bar:
         hosts = data.of_step(first)
         ending = agree(accelerator, reasons())
         for step in range(first, steps):
@@ -140,30 +142,16 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
             finite = all_finite(losses, norm)
             peers.now(step, "waiting for the other ranks")
             broken, *ending = agree(accelerator, [not finite, *reasons()])
-            lr = lr_at(step, steps, recipe.optim)
+            done, end = step + 1, ""
             if broken:
                 parts.objective.forget_step()
-                bad.record(
-                    step + 1,
-                    rank,
-                    used,
-                    losses,
-                    {"seed": recipe.seed, "lr": lr, "norm": repr(norm.item())},
-                    parts.shards,
-                )
+                bad.record(done, rank, recipe.seed, used, losses, norm, parts.shards)
+                end = bad.leave_out(done)
             else:
-                if recipe.optim.clip:
-                    clip_grads_with_norm_(trained, recipe.optim.clip, norm)
-                set_rates(parts.optimizer, lr, weight_decay_at(step, steps, recipe.optim))
-                parts.optimizer.step()
-                parts.objective.after_step(step + 1, steps)
-                if parts.average and config.ema:
-                    move_average(parts.average, parts.encoder, config.ema)
+                update(parts, step, trained, norm)
             parts.optimizer.zero_grad()
             backward.forget()
 
-            done = step + 1
-            end = bad.leave_out(done) if broken else ""
             ledger.write(done, used, losses, norm, parts.objective)
             faultpoint("update", done)
             meter.step()
@@ -176,7 +164,11 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
                 divergence(done, means["loss"], quiet=not main)
             if logging:
                 line = {"step": done, "epoch": round(parts.epoch(done), 4), **means}
-                line |= {"lr": lr, "grad_norm": norm.item()} | watched | ({"left_out": 1} if broken else {})
+                line |= (
+                    {"lr": lr_at(step, steps, recipe.optim), "grad_norm": norm.item()}
+                    | watched
+                    | ({"left_out": 1} if broken else {})
+                )
                 timing = meter.read(accelerator)
                 with meter.pause():
                     peers.now(done, "scoring")
@@ -185,6 +177,18 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
                 save(done, wait=bool(end) or done in (1, steps))
             if end:
                 raise NumericError(end)
+
+
+def update(parts: Parts, step: int, trained: list[Parameter], norm: Tensor) -> None:
+    """Take optimizer step `step` (from 0) of this clipped gradient, and whatever follows the weights."""
+    recipe, steps = parts.recipe, parts.steps
+    if recipe.optim.clip:
+        clip_grads_with_norm_(trained, recipe.optim.clip, norm)
+    set_rates(parts.optimizer, lr_at(step, steps, recipe.optim), weight_decay_at(step, steps, recipe.optim))
+    parts.optimizer.step()
+    parts.objective.after_step(step + 1, steps)
+    if parts.average and recipe.train.ema:
+        move_average(parts.average, parts.encoder, recipe.train.ema)
 
 
 def leave(

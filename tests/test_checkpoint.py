@@ -85,7 +85,7 @@ def test_drafts_and_strangers_are_no_checkpoints(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
 
 
-@pytest.mark.parametrize("failing", ["save_file", "sync", "_digest"])
+@pytest.mark.parametrize("failing", ["save_file", "sync", "digest"])
 def test_a_full_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     checkpoint.save(tmp_path, 1, {}, tensors(), keep=2)
 

@@ -21,7 +21,7 @@ from selfsight.errors import StorageError
 from selfsight.run_folder import sync
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, MAX_MANIFEST = "manifest.json", 10**6
 _NAME = re.compile(r"step-(\d{8,})")
 Tensors = dict[str, Tensor]
 
@@ -51,10 +51,7 @@ def save(folder: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
                 {key: value.detach().cpu().contiguous() for key, value in group.items()}, draft / f"{name}.safetensors"
             )
         (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-        manifest = {
-            path.name: {"size": path.stat().st_size, "sha256": _digest(path)} for path in sorted(draft.iterdir())
-        }
-        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (draft / MANIFEST).write_text(json.dumps(manifest_of(draft), indent=1))
         for path in [*draft.iterdir(), draft]:
             sync(path)
         if final.exists():  # written before a crash that lost its later steps
@@ -100,14 +97,28 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 def verify(path: Path) -> str | None:
     """None if every file is what the manifest says, else what is wrong."""
+    return manifest_problem(path, {"model.safetensors", "state.json"})
+
+
+def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a folder."""
+    return {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(folder.iterdir())}
+
+
+def manifest_problem(folder: Path, required: set[str]) -> str | None:
+    """What is wrong with a folder that has a manifest: a file that is damaged, strange or not among the required; else None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        if not (folder / MANIFEST).is_file() or (folder / MANIFEST).stat().st_size > MAX_MANIFEST:
+            return f"incomplete or damaged (no {MANIFEST} of at most {MAX_MANIFEST:,} bytes)"
+        manifest = json.loads((folder / MANIFEST).read_text())
         for name, entry in manifest.items():
-            file = path / name
-            if file.stat().st_size != entry["size"] or _digest(file) != entry["sha256"]:
+            file = folder / name
+            if Path(name).name != name or not file.is_file():  # a path out of the folder, a pipe, a device
+                return f"{name!r} of its manifest is no file in it"
+            if file.stat().st_size != entry["size"] or digest(file) != entry["sha256"]:
                 return f"{name} is damaged"
-        missing = {"model.safetensors", "state.json"} - set(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = sorted(required - set(manifest))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"incomplete or damaged ({type(error).__name__})"
     return f"lacks {', '.join(missing)}" if missing else None
 
@@ -165,9 +176,10 @@ def _require_space(folder: Path, size: int) -> None:
         raise StorageError(f"{folder}: a checkpoint needs {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
 
 
-def _digest(path: Path) -> str:
-    digest = sha256()
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+            found.update(block)
+    return found.hexdigest()

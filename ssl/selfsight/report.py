@@ -23,6 +23,7 @@ from selfsight.data.loader import normalize
 from selfsight.encoder import Preprocessing
 from selfsight.eval.features import CentralCrops
 from selfsight.export import timm_line
+from selfsight.redact import redact
 from selfsight.run_folder import read_lines, write_atomically
 
 PICTURES = 8  # images in each row
@@ -75,7 +76,7 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
         recipe=parts.recipe.to_yaml(),
         environment=_environment(device),
     )
-    write_atomically(folder / "report.html", page)
+    write_atomically(folder / "report.html", redact(page))
     return folder / "report.html"
 
 

@@ -64,7 +64,7 @@ def convert(source: Path, target: Path, key: str | None, prefix: str) -> list[st
 
 
 def _load(source: Path) -> Any:
-    stand_ins = [(Dropped, name) for name in HARMLESS]
+    stand_ins: list[Any] = [(Dropped, name) for name in HARMLESS]
     try:
         with torch.serialization.safe_globals(stand_ins):
             # Of torch's two formats only the newer, a zip, can be mapped.
@@ -137,7 +137,7 @@ if __name__ == "__main__":
     if sys.platform == "linux":
         _limit_memory(source_file.stat().st_size)
     try:
-        answer = {"lines": convert(source_file, target_file, given["key"], given["prefix"])}
+        answer: dict[str, Any] = {"lines": convert(source_file, target_file, given["key"], given["prefix"])}
     except Refused as refusal:
         answer = {"refused": str(refusal)}
     print(json.dumps(answer))

@@ -93,20 +93,24 @@ def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
+def _short_number(text: bytes) -> bool:
+    return text.isdigit() and len(text) <= 20  # more digits than any size has; Python refuses to read 5,000
+
+
 def _pax(body: bytes, shard: str, position: int, name: str | None) -> tuple[str | None, int | None]:
     """The path and size that a pax extended header gives: records of `<length> <key>=<value>\\n`."""
     size = None
     while body.strip(b"\0"):
         length, _, _ = body.partition(b" ")
-        if not length.isdigit() or not len(length) + 2 < int(length) <= len(body):
+        if not _short_number(length) or not len(length) + 2 < int(length) <= len(body):
             raise DataError(f"{shard}: the pax header at byte {position} is damaged")
         key, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
         body = body[int(length) :]
         if key == b"path":
             name = _text(value)
         elif key == b"size":
-            if not value.isdigit():
-                raise DataError(f"{shard}: the pax header at byte {position} gives the size {value!r}")
+            if not _short_number(value):
+                raise DataError(f"{shard}: the pax header at byte {position} gives the size {value[:40]!r}")
             size = int(value)
         elif key.startswith(b"GNU.sparse"):
             raise DataError(f"{shard}: the member at byte {position} is sparse; only plain files are read")

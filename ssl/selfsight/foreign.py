@@ -12,7 +12,7 @@ import resource
 import sys
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors.torch import save_file
@@ -66,13 +66,22 @@ def convert(source: Path, target: Path, key: str | None, prefix: str) -> list[st
 def _load(source: Path) -> Any:
     stand_ins: list[Any] = [(Dropped, name) for name in HARMLESS]
     try:
+        zipped = is_zipfile(source)  # torch's newer format, the one that can be mapped
+        if zipped and _compressed(source):
+            raise Refused("is compressed, as torch.save's files never are")
         with torch.serialization.safe_globals(stand_ins):
-            # Of torch's two formats only the newer, a zip, can be mapped.
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=is_zipfile(source))
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
+    except Refused:
+        raise
     except MemoryError:
         raise Refused("asks for more memory than a file of its size can need") from None
     except Exception as error:  # noqa: BLE001 - hostile bytes make the reader raise anything
         raise Refused(_reason(str(error))) from None
+
+
+def _compressed(source: Path) -> bool:
+    with ZipFile(source) as archive:
+        return any(member.compress_type for member in archive.infolist())
 
 
 def _reason(message: str) -> str:

@@ -29,6 +29,7 @@ TOLERANCE = (
     1e-5  # of a feature, fp32, between the live encoder and timm on the export; of the largest where it is above 1
 )
 MAX_CONFIG = 10**6  # bytes of a config.json
+CHECK_DEADLINE = 600  # seconds; timm starts in 5, but a disk may be asleep
 MOST = {"image_size": 8192, "patch": 1024, "width": 32768, "depth": 1024, "heads": 1024, "registers": 4096}
 _TIMM_POOL = {"cls": "token", "mean": "avg"}
 # Runs in a process of its own that never sees this package.
@@ -135,7 +136,10 @@ def verify_export(encoder: Encoder, folder: Path) -> float:
     save_file({"images": images}, sample)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", "-c", _CLEAN, str(folder.resolve()), str(sample.resolve())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHECK_DEADLINE)
+    except subprocess.TimeoutExpired:
+        raise StorageError(f"{folder}: timm did not load the export within {CHECK_DEADLINE} seconds") from None
     if done.returncode:
         raise StorageError(
             f"{folder}: timm could not load the export: {(done.stderr.strip().splitlines() or ['killed'])[-1]}"

@@ -135,9 +135,10 @@ def _list(names: list[str]) -> str:
 
 
 def _limit_memory(size: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + 3 * size + SPARE_MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limit, (_, most) = taken + 3 * size + SPARE_MEMORY, resource.getrlimit(resource.RLIMIT_AS)
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
 
 if __name__ == "__main__":

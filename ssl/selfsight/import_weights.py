@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from selfsight.errors import DataError, StorageError, UsageError
@@ -42,7 +43,8 @@ def import_weights(source: Path, target: Path, key: str | None = None, prefix: s
     except OSError as error:
         raise StorageError(f"{target}: cannot be written ({error.strerror})") from None
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or its folder never was one
+            draft.unlink()
     return lines
 
 

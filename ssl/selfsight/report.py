@@ -157,14 +157,10 @@ def _score_rows(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()} CPU"
-    )
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     versions = {"selfsight": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
     versions |= {"timm": timm.__version__, "accelerate": accelerate.__version__, "Python": platform.python_version()}
     return {
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.release()}",
     } | versions

@@ -1,12 +1,20 @@
 """An audit hook that notes what no data file may cause: unpickling, other processes, code, writes elsewhere, the network.
 
-Hooks cannot be taken off again, so it belongs into a process of its own: `audit = Audit(allowed); audit.arm(); ...; audit.disarm()`.
+Hooks cannot be taken off again, so that it belongs into a process of its own. As a script, `python audit.py FOLDER`, it watches itself
+misbehave (the proof that the hook fires), then a run and its resume, every kind of reading, and the whole corpus; it prints one object.
 """
 
+import contextlib
+import io
+import json
 import os
+import pickle
+import resource
+import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +26,19 @@ LOCAL = {"127.0.0.1", "::1", "localhost"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _NEVER = {
     "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn",
-    "os.startfile", "ctypes.dlopen", "code.__new__", "urllib.Request", "ftplib.connect", "smtplib.connect", "telnetlib.Telnet.open",
+    "os.startfile", "ctypes.dlopen", "urllib.Request", "ftplib.connect", "smtplib.connect", "telnetlib.Telnet.open",
 }  # fmt: skip
 _CODE = {"exec", "compile", "marshal.loads"}
-_PATHS = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.chmod": 1, "os.truncate": 1}
+_PATHS = {
+    "os.remove": 1,
+    "os.rmdir": 1,
+    "os.mkdir": 1,
+    "os.rename": 2,
+    "os.link": 2,
+    "os.symlink": 2,
+    "os.chmod": 1,
+    "os.truncate": 1,
+}
 
 
 class Audit:
@@ -39,7 +56,7 @@ class Audit:
         self.violations: list[str] = []
         sys.addaudithook(self._hook)
 
-    @contextmanager
+    @contextlib.contextmanager
     def watching(self) -> Iterator[list[str]]:
         """What is violated within; the list is filled as it happens."""
         self.violations, self.armed = [], True
@@ -63,16 +80,23 @@ class Audit:
         if event in _NEVER:
             return None if event == "ctypes.dlopen" and arguments[0] is None else repr(arguments)
         if event in _CODE:
-            return repr(arguments)[:80] if _ours(sys._getframe(3).f_code.co_filename) else None
+            return repr(arguments)[:80] if _ours(sys._getframe(2).f_code.co_filename) else None
         if event == "subprocess.Popen":
             words = [str(word) for word in ([arguments[1]] if isinstance(arguments[1], str) else arguments[1])]
             return None if self.commands(words) else " ".join(words)
         if event == "open":
             path, mode, flags = arguments
-            writes = isinstance(mode, str) and any(letter in mode for letter in "wax+") or bool((flags or 0) & _WRITES)
+            writes = (isinstance(mode, str) and any(letter in mode for letter in "wax+")) or bool(
+                (flags or 0) & _WRITES
+            )
             return self._outside([path]) if writes else None
         if event in _PATHS:
-            return self._outside(list(arguments[: _PATHS[event]]))
+            paths = [os.fsdecode(path) for path in arguments[: _PATHS[event]] if not isinstance(path, int)]
+            if (
+                event in {"os.remove", "os.rmdir"} and arguments[1] >= 0
+            ):  # shutil.rmtree names them by their folder's handle
+                paths = [os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path) for path in paths]
+            return self._outside(paths)
         if event in {"socket.connect", "socket.sendto"}:
             address = arguments[1]
             return None if isinstance(address, tuple) and address[0] in LOCAL else repr(address)
@@ -95,9 +119,6 @@ def _ours(file: str) -> bool:
 
 def provoke(audit: Audit, folder: Path, outside: Path) -> dict[str, list[str]]:
     """One deed of each kind, with what was noted: the proof that the hook fires. Nothing harmful is done."""
-    import pickle
-    import socket
-    import subprocess
 
     def connect() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as line:
@@ -128,10 +149,90 @@ def provoke(audit: Audit, folder: Path, outside: Path) -> dict[str, list[str]]:
     }
     noted = {}
     for kind, deed in deeds.items():
-        with audit.watching() as found:
-            try:
-                deed()
-            except (OSError, pickle.UnpicklingError):
-                pass  # it was noted before it failed
+        # It is noted before it fails.
+        with audit.watching() as found, contextlib.suppress(OSError, pickle.UnpicklingError):
+            deed()
         noted[kind] = list(found)
     return noted
+
+
+def allowed(words: list[str]) -> bool:
+    """The two processes that the product starts by itself: timm's look at an export, and the reader of foreign weights."""
+    from selfsight.export import _CLEAN
+    from selfsight.import_weights import _READER
+
+    isolated = words[:2] == [sys.executable, "-I"]
+    return isolated and (words[2:4] == ["-c", _CLEAN] or words[2:3] == [str(_READER)])
+
+
+SECRET = "hunter2"
+
+
+def use(folder: Path) -> list[str]:
+    """A run, its resume, and a reading of everything that it left; the answer is what showed the secret in its folder's name."""
+    from selfsight import checkpoint
+    from selfsight.export import load_encoder
+    from selfsight.weights import load_weights
+
+    run = folder / f"run-token={SECRET}"
+    fields = {
+        "run_dir": run, "encoder.width": 16, "encoder.depth": 1, "encoder.heads": 2, "objective.decoder_width": 16, "train.epochs": "null",
+        "train.steps": 4, "train.batch_size": 8, "train.save_every": 2, "train.workers": 0, "eval.train": "null", "eval.test": "null",
+    }  # fmt: skip
+    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    told = _command("pretrain", "digits/mae", *words)
+    (run / "scores.json").unlink()
+    (run / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"damaged")
+    told += _command("pretrain", "digits/mae", *words)
+    checkpoint.load(run / "checkpoints" / "step-00000004")
+    encoder = load_encoder(run / "encoder")
+    load_weights(encoder, str(run / "encoder"), encoder.config.name)
+    load_encoder(run / "checkpoints" / "step-00000004")
+    _command("report", run)
+    shown = {"messages": told, "report.html": (run / "report.html").read_text()}
+    _command("shards", "build", "digits:test", folder / "digits")
+    _command("shards", "index", folder / "digits")
+    _command("shards", "check", folder / "digits")
+    assert all("run-token=***" in text for text in shown.values())
+    return [name for name, text in shown.items() if SECRET in text]
+
+
+def _command(*words: Any) -> str:
+    """What it said; fails where it fails."""
+    from selfsight import cli
+
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        code = cli.main([str(word) for word in words])
+    if code:
+        raise RuntimeError(f"{words[:3]}: exit code {code}: {told.getvalue()}")
+    return told.getvalue()
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """Everything that is watched, in one process."""
+    import corpus
+
+    from selfsight import export
+
+    for name in ("home", "outside"):
+        (folder / name).mkdir()
+    os.environ["SELFSIGHT_CACHE"] = str(folder / "home" / "cache")
+    export.verify_export = lambda encoder, written: 0.0  # it has a test and a process of its own
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 4 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    tempfile.tempdir = str(folder / "home")
+    audit = Audit([folder / "home", Path(f"/proc/{os.getpid()}/clear_refs")], allowed)
+    found: dict[str, Any] = {"provoked": provoke(audit, folder / "home", folder / "outside")}
+    with audit.watching() as violations:
+        found["leaks"] = use(folder / "home")
+    found["in_use"] = violations
+    written = folder / "home" / "corpus"
+    attacks = corpus.attacks(written)  # pickling payloads is no violation, but need not be watched
+    with audit.watching() as violations:
+        found |= corpus.attack_all(written, attacks)
+    return found | {"under_attack": violations}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -10,7 +10,6 @@ import os
 import pickle
 import signal
 import struct
-import sys
 import tarfile
 import time
 import types
@@ -22,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from selfsight import checkpoint, cli, foreign
 from selfsight.data.index import HEADER, MAGIC, RECORD, _header_crc, index_path
@@ -128,9 +126,9 @@ def _tags(corpus: Corpus) -> None:
         "apply": f"!!python/object/apply:os.system ['{touch('apply')}']",
         "new": f"!!python/object/new:os.system ['{touch('new')}']",
         "popen": f"!!python/object/apply:subprocess.Popen [[touch, {corpus.canary / 'popen'}]]",
-        "eval": f"!!python/object/apply:builtins.eval ['open(\"{corpus.canary / 'eval'}\", \"w\")']",
-        "exec": f"!!python/object/apply:builtins.exec ['open(\"{corpus.canary / 'exec'}\", \"w\")']",
-        "type": f"!!python/object/new:type {{args: [z, !!python/tuple [], {{extend: !!python/name:exec }}], listitems: 'open(\"{corpus.canary / 'type'}\", \"w\")'}}",
+        "eval": f'!!python/object/apply:builtins.eval [\'open("{corpus.canary / "eval"}", "w")\']',
+        "exec": f'!!python/object/apply:builtins.exec [\'open("{corpus.canary / "exec"}", "w")\']',
+        "type": f'!!python/object/new:type {{args: [z, !!python/tuple [], {{extend: !!python/name:exec }}], listitems: \'open("{corpus.canary / "type"}", "w")\'}}',
         "name": "!!python/name:os.system",
         "module": "!!python/module:canary_module",
         "object": "!!python/object:canary_module.Payload {}",
@@ -145,7 +143,9 @@ def _tags(corpus: Corpus) -> None:
         "merge": "{!!merge x: {run_dir: y}}",
     }.items():
         corpus.text(f"tag-{name}", f"{NO_DATA}seed: {text}\n")
-    directive = f"%TAG !p! tag:yaml.org,2002:python/object/apply:\n---\nrun_dir: !p!os.system ['{touch('directive')}']\n"
+    directive = (
+        f"%TAG !p! tag:yaml.org,2002:python/object/apply:\n---\nrun_dir: !p!os.system ['{touch('directive')}']\n"
+    )
     corpus.text("tag-directive", directive)
 
 
@@ -160,8 +160,8 @@ def _bombs(corpus: Corpus) -> None:
     corpus.text("bomb-maps", "{a: " * 49_000)
     corpus.text("bomb-blocks", "- " * 99_000)
     corpus.text("bomb-keys", "? " * 99_000)
-    corpus.text("bomb-list", "[" + "a," * 99_000 + "]")
-    corpus.text("bomb-mapping", "\n".join(f"k{i}: 1" for i in range(9_000)))
+    corpus.text("bomb-list", "[" + "a," * 20_000 + "]")
+    corpus.text("bomb-mapping", "\n".join(f"k{i}: 1" for i in range(4_000)))
     corpus.text("bomb-anchors", "&a " * 60_000)
     corpus.text("bomb-quotes", "'" * 199_999)
     corpus.add("bomb-100MB", "pretrain", lambda path: _sparse(path, b"a: ", 100 * 2**20), ".yaml")
@@ -340,7 +340,7 @@ def _tars(corpus: Corpus) -> None:
         "pax-length": _member(b"p", b"99999999999999999999 path=x\n", b"x") + _member(b"a.png"),
         "pax-digits": _member(b"p", b"9" * 5000 + b" path=x\n", b"x") + _member(b"a.png"),
         "pax-size-digits": _member(b"p", b"5013 size=" + b"9" * 5002 + b"\n", b"x") + _member(b"a.png"),
-        "pax-many": _member(b"p", b"10 path=x\n" * 20_000, b"x") * 6 + _member(b"a.png"),
+        "pax-many": _member(b"p", b"10 path=x\n" * 20_000, b"x") * 2 + _member(b"a.png"),
         "pax-sparse": _member(b"p", b"22 GNU.sparse.major=1\n", b"x") + _member(b"a.png"),
         "long-name": _member(b"L", b"x" * 10**6 + b".png", b"L") + _member(b"a.png"),
         "directories": _header(b"d/", _octal(0), b"5") * 20_000 + _member(b"a.png"),
@@ -411,7 +411,9 @@ def _png(width: int, height: int, *more: bytes) -> bytes:
 def _images(corpus: Corpus) -> None:
     touch = corpus.touch
     bomb = zlib.compress(bytes(80 * 2**20), 1)
-    tiff = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 1) + struct.pack("<HHII", 256, 4, 2**32 - 1, 0) + bytes(4)
+    tiff = (
+        b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 1) + struct.pack("<HHII", 256, 4, 2**32 - 1, 0) + bytes(4)
+    )
     for name, raw in {
         "bomb": _png(60_000, 60_000),
         "below-the-cap": _png(7_000, 7_000),
@@ -509,7 +511,7 @@ def _pickles(corpus: Corpus) -> None:
         "stretched-tensor": _tensor_pickle((2**31 - 1, 2**10), (0, 0), 16),
         "negative-tensor": _tensor_pickle((-5,), (1,), 16),
         "huge-storage": _tensor_pickle((4,), (1,), 2**45),
-        "deep-pickle": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+        "deep-pickle": b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".",
         "dropped": b"\x80\x02cargparse\nNamespace\n)R}X\x01\x00\x00\x00xcposix\nsystem\nsb.",
         "numpy-scalar": b"\x80\x02cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(X\x02\x00\x00\x00O8K\x00K\x01tRU\x08AAAAAAAAtR.",
         "endless-memo": b"\x80\x02" + b"]r\xff\xff\xff\x7f0" * 100_000 + b"N.",
@@ -625,7 +627,7 @@ def _exports(corpus: Corpus) -> None:
         "callable": of_input(__class__="os.system"),
         "timm-args": as_timm(model_args={"img_size": 10**9, "act_layer": "os.system", "pretrained_cfg_overlay": {"file": "/etc/passwd"}}),
         "timm-name": as_timm(architecture="hf-hub:evil/model"),
-        "timm-giant": as_timm(architecture="vit_giant_patch14_dinov2", model_args={}),
+        "timm-giant": as_timm(architecture="vit_giant_patch14_dinov2", pretrained_cfg={"input_size": [3, 28, 28], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1}),
         "timm-cfg": as_timm(pretrained_cfg={"input_size": "x", "url": "http://127.0.0.1/x.pth", "custom_load": True}),
         "timm-size": as_timm(pretrained_cfg={"input_size": [10**9, 10**9, 10**9], "mean": [0], "std": [1], "interpolation": "x", "crop_pct": 1}),
         "timm-list": as_timm(architecture=["vit"]),
@@ -662,7 +664,7 @@ def _checkpoints(corpus: Corpus) -> None:
     recipe = _good_tree(MINIMAL)
     good: dict[str, Any] = {"recipe": recipe, "scored": "encoder", "fingerprint": {}}
 
-    def saved(state: dict[str, Any], raw: Mapping[str, bytes] = {}) -> Callable[[Path], str]:  # noqa: B006 - never changed
+    def saved(state: dict[str, Any], raw: Mapping[str, bytes] = {}) -> Callable[[Path], str]:
         def write(path: Path) -> str:
             made = checkpoint.save(path / "checkpoints", 1, state, {"model": encoder, "optim": {}}, keep=2)
             for name, body in raw.items():
@@ -817,9 +819,9 @@ def run_attack(attack: Attack, folder: Path) -> Result:
     return Result(attack.name, told, strange, executed, seconds, memory)
 
 
-def attack_all(folder: Path) -> dict[str, Any]:
-    """Every attack in this process. `folder` must not exist yet."""
-    found = [run_attack(attack, folder) for attack in attacks(folder)]
+def attack_all(folder: Path, written: list[Attack] | None = None) -> dict[str, Any]:
+    """Every attack in this process. `folder` must not exist yet, unless the attacks are already `written` there."""
+    found = [run_attack(attack, folder) for attack in written or attacks(folder)]
     return {
         "attacks": len(found),
         "attacks_executed": sum(one.executed for one in found),
@@ -827,6 +829,7 @@ def attack_all(folder: Path) -> dict[str, Any]:
         "over_time": [f"{one.name}: {one.seconds:.1f} s" for one in found if one.seconds > SECONDS],
         "over_memory": [f"{one.name}: {one.megabytes:.0f} MB" for one in found if one.megabytes > MEGABYTES],
         "not_ours": [one.strange for one in found if one.strange],
+        "slowest": sorted((round(one.seconds, 2), one.name) for one in found)[-10:],
         "told": {one.name: one.told for one in found},
     }
 

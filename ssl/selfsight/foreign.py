@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -69,7 +70,8 @@ def _load(source: Path) -> Any:
         zipped = is_zipfile(source)  # torch's newer format, the one that can be mapped
         if zipped and _compressed(source):
             raise Refused("is compressed, as torch.save's files never are")
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of newer pickles and sparse tensors
             return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
     except Refused:
         raise

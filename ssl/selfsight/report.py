@@ -56,7 +56,7 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = _numbers(read_lines(folder / "metrics.jsonl"))
     page = environment.get_template("report.html.j2").render(
         name=folder.name,
         objective=parts.recipe.objective.name,
@@ -78,6 +78,12 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
     )
     write_atomically(folder / "report.html", redact(page))
     return folder / "report.html"
+
+
+def _numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What can be drawn of the lines; a file that somebody else wrote may hold anything."""
+    kept = [{field: value for field, value in line.items() if isinstance(value, int | float)} for line in lines]
+    return [line for line in kept if "step" in line and "loss" in line]
 
 
 def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from selfsight import checkpoint
 from selfsight.encoder import OPTIONS, Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.recipe import DataConfig, EncoderConfig
+from selfsight.redact import redact_tree
 from selfsight.run_folder import sync
 from selfsight.section import explain
 from selfsight.weights import is_file, load_weights, read_checkpoint, read_tensors, require_whole
@@ -105,7 +106,7 @@ def _write(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> None:
     ours = {
         "encoder": encoder.config.model_dump(mode="json"),
         "preprocessing": made._asdict(),
-        **provenance,
+        **redact_tree(provenance),  # an export is made to be given away
     }
     data_config = {
         "input_size": (made.channels, made.image_size, made.image_size),

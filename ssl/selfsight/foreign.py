@@ -143,13 +143,16 @@ def _limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
 
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    source_file, target_file = Path(given["source"]), Path(given["target"])
+def main(given: dict[str, Any]) -> dict[str, Any]:
+    """`convert` within the cap: {"lines": what it said}, or {"refused": why}."""
+    source = Path(given["source"])
     if sys.platform == "linux":
-        _limit_memory(source_file.stat().st_size)
+        _limit_memory(source.stat().st_size)
     try:
-        answer: dict[str, Any] = {"lines": convert(source_file, target_file, given["key"], given["prefix"])}
+        return {"lines": convert(source, Path(given["target"]), given["key"], given["prefix"])}
     except Refused as refusal:
-        answer = {"refused": str(refusal)}
-    print(json.dumps(answer))
+        return {"refused": str(refusal)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -4,6 +4,7 @@ A signed URL keeps its scheme, host and path, which say where it is; user, passw
 """
 
 import re
+from typing import Any
 
 HIDDEN = "***"
 _NAMES = (
@@ -39,6 +40,15 @@ def redact(text: str) -> str:
     text = _URL.sub(_plain_url, _CONTROL.sub("?", text))
     text = _PAIR.sub(rf"\g<name>\g<equals>{HIDDEN}", text)
     return _SHAPES.sub(HIDDEN, _SAID.sub(rf"\g<name>{HIDDEN}", text))
+
+
+def redact_tree(value: Any) -> Any:
+    """The same for every text in nested mappings and lists: what is published, or sent to a tracker."""
+    if isinstance(value, dict):
+        return {key: redact_tree(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_tree(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _plain_url(match: re.Match[str]) -> str:

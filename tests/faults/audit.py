@@ -5,6 +5,7 @@ misbehave (the proof that the hook fires), then a run and its resume, every kind
 """
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,7 @@ REPOSITORY = str(Path(PACKAGE).parents[1])
 LOCAL = {"127.0.0.1", "::1", "localhost"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _NEVER = {
-    "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn",
-    "os.startfile", "ctypes.dlopen", "urllib.Request", "ftplib.connect", "smtplib.connect", "telnetlib.Telnet.open",
+    "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "ctypes.dlopen", "urllib.Request",
 }  # fmt: skip
 _CODE = {"exec", "compile", "marshal.loads"}
 _PATHS = {
@@ -128,9 +129,16 @@ def provoke(audit: Audit, folder: Path, outside: Path) -> dict[str, list[str]]:
     def child() -> None:
         os._exit(0) if (pid := os.fork()) == 0 else os.waitpid(pid, 0)
 
-    def code_of_ours() -> None:
-        made = compile("exec(compile('1', 'x', 'exec'))", os.path.join(PACKAGE, "forged.py"), "exec")
-        exec(made, {})
+    def terminal() -> None:
+        pid, handle = os.forkpty()
+        if pid == 0:
+            os._exit(0)
+        os.close(handle)
+        os.waitpid(pid, 0)
+
+    def as_ours(text: str) -> Callable[[], None]:
+        made = compile(text, os.path.join(PACKAGE, "forged.py"), "exec")
+        return lambda: exec(made, {})
 
     deeds: dict[str, Callable[[], Any]] = {
         "pickle.find_class": lambda: pickle.loads(b"cos\ngetcwd\n."),  # noqa: S301 - the negative control
@@ -139,9 +147,19 @@ def provoke(audit: Audit, folder: Path, outside: Path) -> dict[str, list[str]]:
         "os.posix_spawn": lambda: os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0),
         "os.fork": child,
         "subprocess.Popen": lambda: subprocess.run(["true"], timeout=10),
-        "exec": code_of_ours,
+        "exec": as_ours("exec('1')"),
+        "compile": as_ours("compile('1', 'x', 'exec')"),
+        "marshal.loads": as_ours("import marshal; marshal.loads(b'N')"),
+        "os.forkpty": terminal,
+        "ctypes.dlopen": lambda: ctypes.CDLL("libnowhere.so"),
+        "urllib.Request": lambda: urllib.request.urlopen("http://127.0.0.1:9/", timeout=5),
         "open": lambda: (outside / "x").write_text("x"),
         "os.mkdir": lambda: (outside / "y").mkdir(),
+        "os.chmod": lambda: (outside / "x").chmod(0o600),
+        "os.truncate": lambda: os.truncate(outside / "x", 0),
+        "os.link": lambda: os.link(outside / "x", outside / "l"),
+        "os.symlink": lambda: (outside / "s").symlink_to("x"),
+        "os.rmdir": lambda: (outside / "y").rmdir(),
         "os.rename": lambda: (folder / "z").rename(outside / "z"),
         "os.remove": lambda: (outside / "x").unlink(),
         "socket.connect": connect,

@@ -66,6 +66,7 @@ def export(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> float:
         raise UsageError(f"{folder}: exists and is no export; name a new folder")
     draft = folder.with_name(f".draft-{folder.name}")
     try:
+        _put_back(folder)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         _write(encoder, draft, provenance)
@@ -87,18 +88,27 @@ def seal(folder: Path) -> None:
 
 
 def _replace(folder: Path, draft: Path) -> None:
-    old = folder.with_name(f".old-{folder.name}")
+    old = _aside(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     try:
         draft.rename(folder)
     except OSError:
-        if old.exists():
-            old.rename(folder)
+        _put_back(folder)
         raise
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo the first half of a replacement that was killed between its two renames."""
+    if _aside(folder).exists() and not folder.exists():
+        _aside(folder).rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".old-{folder.name}")
 
 
 def _write(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> None:

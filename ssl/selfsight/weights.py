@@ -134,15 +134,23 @@ def is_file(path: Path) -> bool:
 
 
 def _adapt(name: str, tensor: Tensor, wanted: Tensor, encoder: Encoder) -> Tensor:
-    """A stem for other channels or patches, or a position table for another grid."""
-    if name == STEM and tensor.ndim == 4 and tensor.shape[0] == wanted.shape[0]:
-        tensor = resample_patch_embed(tensor, list(wanted.shape[-2:]))
-        return adapt_input_conv(wanted.shape[1], tensor, tensor.shape[1])
-    if name == POSITIONS and tensor.shape[-1] == wanted.shape[-1]:
-        prefix = wanted.shape[1] - encoder.grid[0] * encoder.grid[1]
-        side = isqrt(tensor.shape[1] - prefix)
-        if side * side == tensor.shape[1] - prefix:
-            return resample_positions(encoder, tensor, (side, side))
+    """A stem for other channels or patches, or a position table for another grid; what cannot be adapted comes back as it is."""
+    try:
+        if name == STEM and tensor.ndim == 4 and tensor.shape[0] == wanted.shape[0]:
+            tensor = resample_patch_embed(tensor, list(wanted.shape[-2:]))
+            return adapt_input_conv(wanted.shape[1], tensor, tensor.shape[1])
+        if name == POSITIONS and tensor.ndim == 3 and tensor.shape[::2] == wanted.shape[::2]:
+            prefix = wanted.shape[1] - encoder.grid[0] * encoder.grid[1]
+            patches = tensor.shape[1] - prefix
+            if patches > 0 and isqrt(patches) ** 2 == patches:
+                return resample_positions(encoder, tensor, (isqrt(patches),) * 2)
+    except (
+        NotImplementedError,
+        AssertionError,
+        RuntimeError,
+        ValueError,
+    ):  # timm's and torch's, of shapes that make no sense
+        return tensor
     return tensor
 
 
@@ -156,6 +164,11 @@ def _refuse_mismatch(source: str, found: dict[str, Tensor], wanted: dict[str, Te
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
         "of another shape": shapes,
+        "that are no real numbers": [
+            name
+            for name, tensor in found.items()
+            if name in wanted and wanted[name].is_floating_point() and not tensor.is_floating_point()
+        ],
     }
     told = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if told:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from selfsight import checkpoint, cli, foreign
 from selfsight.data.index import HEADER, MAGIC, RECORD, _header_crc, index_path
@@ -570,6 +571,20 @@ def _safetensors(corpus: Corpus) -> None:
     }.items():
         corpus.text(f"safetensors-{name}", raw, "weights", ".safetensors")
         corpus.add(f"export-model-{name}", "load", lambda path, raw=raw: _export(path, {"model.safetensors": raw}))
+    good = tiny_encoder().backbone.state_dict()
+    for name, key, tensor in (
+        ("table-flat", "pos_embed", torch.zeros(16)),
+        ("table-none", "pos_embed", torch.zeros(1, 0, 16)),
+        ("table-short", "pos_embed", torch.zeros(1, 1, 16)),
+        ("table-batch", "pos_embed", torch.zeros(2, 10, 16)),
+        ("table-integer", "pos_embed", torch.zeros(1, 10, 16, dtype=torch.int64)),
+        ("stem-none", "patch_embed.proj.weight", torch.zeros(16, 0, 4, 4)),
+        ("stem-flat", "patch_embed.proj.weight", torch.zeros(16, 1, 0, 0)),
+        ("stem-channels", "patch_embed.proj.weight", torch.zeros(16, 5, 4, 4)),
+        ("stem-large", "patch_embed.proj.weight", torch.zeros(16, 1, 300, 300)),
+        ("norm-complex", "norm.weight", torch.zeros(16, dtype=torch.complex64)),
+    ):
+        corpus.add(f"weights-{name}", "weights", lambda path, changed=good | {key: tensor}: save_file(changed, path), ".safetensors")  # fmt: skip
     corpus.add("safetensors-pipe", "weights", lambda path: os.mkfifo(path), ".safetensors")
     corpus.add("safetensors-device", "weights", lambda path: path.symlink_to("/dev/zero"), ".safetensors")
 

@@ -51,7 +51,7 @@ def test_a_run_and_its_readers_do_nothing_of_the_kind(watched: dict[str, Any]) -
 
 
 def test_hostile_files_run_nothing_and_are_refused_in_time(watched: dict[str, Any]) -> None:
-    assert watched["attacks"] > 300
+    assert watched["attacks"] > 350
     assert watched["attacks_executed"] == 0, watched["executed"]
     assert watched["under_attack"] == []
     assert watched["over_time"] == []
@@ -227,7 +227,7 @@ def test_a_recipe_with_a_pickle_is_told_the_door(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed at any file operation of sealing and replacing: the old export or the new one loads, or none is there."""
+    """Killed at any file operation of sealing and replacing: the old export or the new one loads, or is put back."""
     monkeypatch.setattr(export, "verify_export", lambda encoder, folder: 0.0)
     target = tmp_path / "enc"
     export.export(tiny_encoder(1), target, {})
@@ -247,7 +247,7 @@ def test_an_interrupted_export_leaves_the_old_one(tmp_path: Path, monkeypatch: p
             seen.append("old" if torch.equal(found, old) else "new")
         else:
             seen.append("none")
-            (tmp_path / ".old-enc").rename(target)  # whole, beside it
+            export._put_back(target)  # as the next export does first
             assert torch.equal(export.load_encoder(target).state_dict()["backbone.cls_token"], old)
         if seen[-1] == "new":
             export.export(tiny_encoder(1), target, {})

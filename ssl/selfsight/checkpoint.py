@@ -101,8 +101,9 @@ def verify(path: Path) -> str | None:
 
 
 def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a folder."""
-    return {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(folder.iterdir())}
+    """Size and SHA-256 of every file of a folder but the manifest."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+    return {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in files}
 
 
 def manifest_problem(folder: Path, required: set[str]) -> str | None:

@@ -685,7 +685,6 @@ def _checkpoints(corpus: Corpus) -> None:
             for name, body in raw.items():
                 (made / name).write_bytes(body)
             if raw and checkpoint.MANIFEST not in raw:
-                (made / checkpoint.MANIFEST).unlink()
                 (made / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.manifest_of(made)))
             return str(made)
 

@@ -83,6 +83,8 @@ def export(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> float:
 def seal(folder: Path) -> None:
     """Write manifest.json, last, and have everything reach the disk: the folder is whole from here on."""
     (folder / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.manifest_of(folder), indent=1))
+    # safetensors writes for the owner alone; an export is made to be given away.
+    (folder / "model.safetensors").chmod((folder / checkpoint.MANIFEST).stat().st_mode)
     for path in [*folder.iterdir(), folder]:
         sync(path)
 

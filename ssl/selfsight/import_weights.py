@@ -36,7 +36,9 @@ def import_weights(source: Path, target: Path, key: str | None = None, prefix: s
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft.touch()
+        mode = draft.stat().st_mode
         lines = _read(source, draft, key, prefix)
+        draft.chmod(mode)  # safetensors writes for the owner alone
         sync(draft)
         draft.rename(target)
         sync(target.parent)

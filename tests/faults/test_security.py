@@ -163,6 +163,7 @@ def test_the_command_in_its_own_process(tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr()
     assert shown.out == f"{target}\n"
     assert "18 tensors of model" in shown.err
+    assert target.stat().st_mode == source.stat().st_mode
     other = tiny_encoder(4)
     load_weights(other, str(target), "vit_tiny_patch16_224")
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), encoder.state_dict().values(), strict=True))  # fmt: skip
@@ -288,6 +289,7 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
 def test_an_export_gives_away_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "verify_export", lambda encoder, folder: 0.0)
     export.export(tiny_encoder(), tmp_path / "enc", {"recipe": {"data": {"train": [URL, "a.tar"]}, "seed": 3}})
+    assert len({path.stat().st_mode for path in (tmp_path / "enc").iterdir()}) == 1
     kept = json.loads((tmp_path / "enc" / "config.json").read_text())["selfsight"]["recipe"]
     assert kept == {"data": {"train": ["https://***@host.example/x.tar?***", "a.tar"]}, "seed": 3}
 

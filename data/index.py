@@ -76,6 +76,8 @@ def scan(shard: Path, missing: str = "error") -> Records:
 
 def _walk(shard: Path, missing: str) -> tuple[Records, str]:
     """The records, and what was left out, in words."""
+    if shard.exists() and not shard.is_file():  # a pipe would be waited on for ever
+        raise DataError(f"{shard}: is not a file")
     try:
         with shard.open("rb") as file:
             # An empty file cannot be mapped; the walk says of it what it says of any cut tar.
@@ -97,6 +99,8 @@ def read_index(shard: Path) -> Records:
         DataError: no index, a damaged or foreign one, or a shard whose size is not the indexed one.
     """
     path, fix = index_path(shard), f"; make it with: selfsight shards index {shard}"
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is not a file{fix}")
     try:
         size = shard.stat().st_size
         head = np.fromfile(path, HEADER, 1)
@@ -121,6 +125,8 @@ def read_index(shard: Path) -> Records:
         )
     if len(records) != head["count"][0] or zlib.crc32(records.tobytes()) != head["records_crc"][0]:
         raise DataError(f"{path}: the index is damaged{fix}")
+    if (records["size"] > size).any() or (records["offset"] > size - records["size"].astype(np.int64)).any():
+        raise DataError(f"{path}: the index knows samples that lie outside the shard{fix}")
     return records
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import time
 import zlib
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from selfsight.data.index import IMAGE_SUFFIXES, Records, read_index
 from selfsight.errors import DataError, DataGone, UsageError
 
 OPEN_FILES = 128  # per process, well under the usual limit of 1,024
+MOST_SHARDS, MOST_LETTERS = 1_000_000, 4096
 PATIENCE = 30.0  # seconds that a file system may be away
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 
@@ -49,13 +51,9 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
             continue
         if "://" in part or part.startswith("pipe:"):
             raise UsageError(f"{part.split('?')[0]}: only local paths are read; copy the shards to a disk first")
-        try:
-            patterns = list(braceexpand(part))
-        except ValueError:
-            raise UsageError(f"{part}: its braces do not match") from None
-        for pattern in patterns:
-            shards += _expand(Path(pattern).expanduser())
-    lost = [str(path) for path in shards if not path.exists()]
+        for pattern in _patterns(part):
+            shards += _expand(pattern)
+    lost = [str(path) for path in shards if not path.is_file()]
     if lost:
         raise DataError(
             f"{len(lost)} of {len(shards)} shards are missing: {', '.join(lost[:8])}{' ...' if lost[8:] else ''}"
@@ -63,6 +61,29 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
     if len(set(shards)) < len(shards):
         raise DataError(f"{spec}: names the same shard twice")
     return shards
+
+
+def _patterns(part: str) -> list[Path]:
+    """The paths that braces stand for, unless they are more than a set can have: 40 pairs are a trillion names."""
+    try:
+        if len(part) > MOST_LETTERS or _expansions(part) > MOST_SHARDS:
+            raise UsageError(f"{part[:200]}: stands for more than {MOST_SHARDS:,} shards")
+        return [Path(pattern).expanduser() for pattern in braceexpand(part)]
+    except (ValueError, RecursionError):
+        raise UsageError(f"{part}: its braces do not match") from None
+    except RuntimeError:
+        raise UsageError(f"{part}: there is no such user's home folder") from None
+
+
+def _expansions(part: str) -> int:
+    """How many names braces stand for, at most; counted from the innermost outwards."""
+    product, inner = 1, re.compile(r"\{([^{}]*)\}")
+    while found := inner.findall(part):
+        for body in found:
+            ends = re.match(r"(-?\d+)\.\.(-?\d+)", body)
+            product *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else body.count(",") + (26 if ".." in body else 1)
+        part = inner.sub("", part)
+    return product
 
 
 def _expand(path: Path) -> list[Path]:

@@ -37,7 +37,7 @@ from selfsight.data.loader import Batch
 from selfsight.data.order import sample_ids
 from selfsight.encoder import Encoder, Tokens, build_encoder, preprocessing_of
 from selfsight.errors import NumericError, StorageError, UsageError
-from selfsight.export import export
+from selfsight.export import export, seal
 from selfsight.ledger import weights_hash
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import DistillConfig
@@ -712,6 +712,7 @@ def test_a_teacher_that_was_trained_on_is_stored_anew_or_refused(teaching: Field
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
+    seal(weights.parent)  # by its maker; without this it is damage
     with pytest.raises(UsageError, match="teacher"):
         store_teacher(recipe_of(teaching))
 

@@ -44,7 +44,7 @@ def test_timm_loads_it_with_the_same_features(tmp_path: Path, fields: dict[str, 
     encoder = make(**fields)
     assert export(encoder, tmp_path / "enc", {"note": "x"}) < 1e-5
     assert sorted(os.listdir(tmp_path)) == ["enc"]
-    assert sorted(os.listdir(tmp_path / "enc")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "enc")) == ["config.json", "manifest.json", "model.safetensors"]
     model = timm.create_model(f"local-dir:{tmp_path / 'enc'}", pretrained=True, num_classes=0).eval()
     images = torch.randn(3, encoder.preprocessing.channels, 16, 16)
     encoder.eval()

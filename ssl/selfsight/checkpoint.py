@@ -25,7 +25,7 @@ from selfsight.faults import faultpoint
 from selfsight.run_folder import sync
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, MAX_MANIFEST = "manifest.json", 10**6
 FAILURES = 3  # saves in a row that fail before the run ends
 _DRAFT = ".draft-"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -90,9 +90,8 @@ def _fill(draft: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
         save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
     faultpoint("save.state", step)
     (draft / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-    manifest = {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in sorted(draft.iterdir())}
     faultpoint("save.manifest", step)
-    (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (draft / MANIFEST).write_text(json.dumps(manifest_of(draft), indent=1))
     for path in [*draft.iterdir(), draft]:
         faultpoint("save.sync", step)
         sync(path)
@@ -218,14 +217,29 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 def verify(path: Path) -> str | None:
     """None if every file is what the manifest says, else what is wrong."""
+    return manifest_problem(path, {"model.safetensors", "state.json"})
+
+
+def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a folder but the manifest."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
+    return {path.name: {"size": path.stat().st_size, "sha256": digest(path)} for path in files}
+
+
+def manifest_problem(folder: Path, required: set[str]) -> str | None:
+    """What is wrong with a folder that has a manifest: a file that is damaged, strange or not among the required; else None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        if not (folder / MANIFEST).is_file() or (folder / MANIFEST).stat().st_size > MAX_MANIFEST:
+            return f"incomplete or damaged (no {MANIFEST} of at most {MAX_MANIFEST:,} bytes)"
+        manifest = json.loads((folder / MANIFEST).read_text())
         for name, entry in manifest.items():
-            file = path / name
+            file = folder / name
+            if Path(name).name != name or not file.is_file():  # a path out of the folder, a pipe, a device
+                return f"{name!r} of its manifest is no file in it"
             if file.stat().st_size != entry["size"] or digest(file) != entry["sha256"]:
                 return f"{name} is damaged"
-        missing = {"model.safetensors", "state.json"} - set(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = sorted(required - set(manifest))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"incomplete or damaged ({type(error).__name__})"
     return f"lacks {', '.join(missing)}" if missing else None
 

@@ -6,10 +6,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from selfsight import __version__
-from selfsight.errors import SelfsightError, UsageError
+from selfsight.errors import DataError, SelfsightError, StorageError, UsageError
+from selfsight.redact import redact
 
 FIELD_COMMANDS = ("pretrain", "quickstart", "teacher")  # take recipe fields as options
 EXIT_CODES = (
@@ -21,6 +22,8 @@ EXIT_CODES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the answer is the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # the process is ours
+        sys.excepthook = _redacted_trace
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
@@ -40,16 +43,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 load_plugin(module)
         return options.run(options) or 0
     except SelfsightError as error:
-        if debug:
-            traceback.print_exc()
-        for line in explain(error).splitlines():
-            print(f"selfsight: {line}", file=sys.stderr)
-        return error.exit_code
+        return _refused(error, debug)
     except KeyboardInterrupt:
         print("selfsight: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
         return 0
+    except OSError as error:  # a file that nobody asked about first
+        return _refused(StorageError(f"{error.filename or 'a file'}: {error.strerror or error}"), debug)
+
+
+def _refused(error: SelfsightError, debug: bool) -> int:
+    if debug:
+        _redacted_trace(*sys.exc_info())
+    for line in redact(explain(error)).splitlines():
+        print(f"selfsight: {line}", file=sys.stderr)
+    return error.exit_code
+
+
+def _redacted_trace(*what: Any) -> None:
+    print(redact("".join(traceback.format_exception(*what))), end="", file=sys.stderr)
 
 
 def explain(error: SelfsightError) -> str:
@@ -92,7 +105,7 @@ def _count(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command with its options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="selfsight",
         description="Self-supervised pretraining of Vision Transformers.",
         epilog=EXIT_CODES,
@@ -137,6 +150,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--to", choices=["timm"], default="timm", help="the format (default: timm's, which transformers reads, too)"
     )
     one.add_argument("target", type=Path, help="the folder to write")
+
+    one = _command(
+        commands,
+        "import-weights",
+        _import_weights,
+        "read somebody's .pth, .pt or .bin, in a process of its own, as .safetensors",
+    )
+    one.add_argument("source", type=Path, help="a file that torch.save wrote; only tensors are taken from it")
+    one.add_argument("target", type=Path, help="the .safetensors to write, which encoder.weights then takes")
+    one.add_argument("--key", help="which part of it, if it holds several (model, teacher, ...; they are listed)")
+    one.add_argument("--prefix", default="", help="take the tensors whose names start so, without it (module.)")
 
     one = _command(commands, "report", _report, "write report.html of a run again")
     one.add_argument("run_dir", type=Path, help="a run folder")
@@ -188,6 +212,13 @@ def _command(
         parser.add_argument("-h", "--help", action=_HelpWithFields)
     parser.set_defaults(run=run)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Repeats what it did not understand without the secrets in it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
 
 
 class _HelpWithFields(argparse.Action):
@@ -271,6 +302,16 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _import_weights(options: argparse.Namespace) -> int:
+    from selfsight.console import say
+    from selfsight.import_weights import import_weights
+
+    for line in import_weights(options.source, options.target, options.key, options.prefix):
+        say(line)
+    print(options.target)
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from selfsight.finish import report_again
 
@@ -316,7 +357,6 @@ def _check(options: argparse.Namespace) -> int:
     from selfsight.console import progress
     from selfsight.data.check import check, check_table
     from selfsight.data.shards import Shards
-    from selfsight.errors import DataError
 
     shards = Shards(options.spec)
     with progress("checking", len(shards)) as bar:

@@ -8,13 +8,16 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from selfsight.redact import redact
 
 _OUT = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def say(line: str) -> None:
     """One line to the person, on standard error: standard output belongs to answers."""
-    _OUT.print(line, markup=False)
+    _OUT.print(redact(line), markup=False)
 
 
 class Bar(Protocol):
@@ -43,11 +46,12 @@ def progress(task: str, total: int, done: int = 0, quiet: bool = False) -> Itera
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
     """A table on standard output; the first column is text, the others are numbers."""
-    made = Table(title=title, title_justify="left")
+    # As Text: the name of a file in brackets is no markup.
+    made = Table(title=Text(redact(title), "italic") if title else None, title_justify="left")
     for i, name in enumerate(columns):
         made.add_column(name, justify="right" if i else "left")
     for row in rows:
-        made.add_row(*map(str, row))
+        made.add_row(*(Text(redact(str(cell))) for cell in row))
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(made)
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,23 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+from torch import Tensor
 
 from selfsight import checkpoint
 from selfsight.encoder import OPTIONS, Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.recipe import DataConfig, EncoderConfig
-from selfsight.weights import load_weights
+from selfsight.redact import redact_tree
+from selfsight.run_folder import sync
+from selfsight.section import explain
+from selfsight.weights import is_file, load_weights, read_checkpoint, read_tensors, require_whole
 
 TOLERANCE = (
     1e-5  # of a feature, fp32, between the live encoder and timm on the export; of the largest where it is above 1
 )
+MAX_CONFIG = 10**6  # bytes of a config.json
+CHECK_DEADLINE = 600  # seconds; timm starts in 5, but a disk may be asleep
+MOST = {"image_size": 8192, "patch": 1024, "width": 32768, "depth": 1024, "heads": 1024, "registers": 4096}
 _TIMM_POOL = {"cls": "token", "mean": "avg"}
 # Runs in a process of its own that never sees this package.
 _CLEAN = """
@@ -58,16 +66,13 @@ def export(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> float:
         raise UsageError(f"{folder}: exists and is no export; name a new folder")
     draft = folder.with_name(f".draft-{folder.name}")
     try:
+        _put_back(folder)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         _write(encoder, draft, provenance)
         difference = verify_export(encoder, draft)
-        old = folder.with_name(f".old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        draft.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        seal(draft)
+        _replace(folder, draft)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: the export could not be written ({getattr(error, 'strerror', error)})") from None
     finally:
@@ -75,12 +80,45 @@ def export(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> float:
     return difference
 
 
+def seal(folder: Path) -> None:
+    """Write manifest.json, last, and have everything reach the disk: the folder is whole from here on."""
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.manifest_of(folder), indent=1))
+    # safetensors writes for the owner alone; an export is made to be given away.
+    (folder / "model.safetensors").chmod((folder / checkpoint.MANIFEST).stat().st_mode)
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+
+
+def _replace(folder: Path, draft: Path) -> None:
+    old = _aside(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        draft.rename(folder)
+    except OSError:
+        _put_back(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo the first half of a replacement that was killed between its two renames."""
+    if _aside(folder).exists() and not folder.exists():
+        _aside(folder).rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".old-{folder.name}")
+
+
 def _write(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> None:
     made = encoder.preprocessing
     ours = {
         "encoder": encoder.config.model_dump(mode="json"),
         "preprocessing": made._asdict(),
-        **provenance,
+        **redact_tree(provenance),  # an export is made to be given away
     }
     data_config = {
         "input_size": (made.channels, made.image_size, made.image_size),
@@ -111,7 +149,10 @@ def verify_export(encoder: Encoder, folder: Path) -> float:
     save_file({"images": images}, sample)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-I", "-c", _CLEAN, str(folder.resolve()), str(sample.resolve())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CHECK_DEADLINE)
+    except subprocess.TimeoutExpired:
+        raise StorageError(f"{folder}: timm did not load the export within {CHECK_DEADLINE} seconds") from None
     if done.returncode:
         raise StorageError(
             f"{folder}: timm could not load the export: {(done.stderr.strip().splitlines() or ['killed'])[-1]}"
@@ -149,47 +190,92 @@ def load_encoder(source: str | Path) -> Encoder:
 
     Raises:
         UsageError: nothing of the kind, or weights with a tensor missing, unexpected or of another shape.
+        StorageError: a file that is not what its manifest says.
     """
     path = Path(source)
-    if (path / "encoder" / "config.json").is_file():
+    if is_file(path / "encoder" / "config.json"):
         path = path / "encoder"
-    if (path / "config.json").is_file():
+    if is_file(path / "config.json"):
         return _from_export(path)
+    if is_file(path / "state.json"):
+        return _from_checkpoint(path)
+    if not os.path.lexists(path):
+        return _from_timm(str(source))
     if (path / "checkpoints").is_dir():
         newest, _ = checkpoint.newest(path / "checkpoints")
-        path = newest or path
-    if (path / "state.json").is_file():
-        return _from_checkpoint(path)
-    if path.exists():
-        raise UsageError(f"{source}: holds neither an export (config.json) nor a checkpoint (state.json)")
-    return _from_timm(str(source))
+        if newest:
+            return _from_checkpoint(newest)
+    raise UsageError(f"{source}: holds neither an export (config.json) nor a checkpoint (state.json)")
 
 
 def _from_export(path: Path) -> Encoder:
+    require_whole(path)
+    file = path / "model.safetensors"
     try:
+        if (path / "config.json").stat().st_size > MAX_CONFIG:
+            raise ValueError("too large")
         written = json.loads((path / "config.json").read_text())
         if "selfsight" not in written:
             return _as_timm(
-                written["architecture"], written["pretrained_cfg"], written.get("model_args", {}), str(path)
+                written["architecture"], written["pretrained_cfg"], written.get("model_args", {}), str(file)
             )
         ours = written["selfsight"]
         config = EncoderConfig.model_validate(ours["encoder"])
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in ours["preprocessing"].items()}
-        made = Preprocessing(**fields)
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        made = _as_preprocessing(fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path}: config.json is neither selfsight's nor timm's") from None
+    _refuse_bomb(config, made, read_tensors(file), path)
     encoder = build_encoder(config, made, seed=0)
-    load_weights(encoder, str(path), config.name)
+    load_weights(encoder, str(file), config.name)
     return encoder.eval()
 
 
-def _from_checkpoint(path: Path) -> Encoder:
-    saved = checkpoint.load(path)
-    recipe = saved.state["recipe"]  # its objective may come from a package that is not here
-    config = EncoderConfig.model_validate(recipe["encoder"])
-    encoder = build_encoder(config, preprocessing_of(DataConfig.model_validate(recipe["data"]), config), seed=0)
+def _as_preprocessing(fields: dict[str, Any]) -> Preprocessing:
+    """What config.json says of it, as typed as our own would be; raises TypeError or ValueError."""
+    made = Preprocessing(**fields)
+    if made.interpolation not in {"bicubic", "bilinear"} or not 0 < float(made.crop_pct) <= 1:
+        raise ValueError(made)
+    if not len(made.mean) == len(made.std) == made.channels or not all(map(isfinite, (*made.mean, *made.std))):
+        raise ValueError(made)
+    return made
+
+
+def _refuse_bomb(config: EncoderConfig, made: Preprocessing, stored: dict[str, Tensor], path: Path) -> None:
+    """Look at the described encoder before memory is taken for it: it must fit the tensors that lie beside it.
+
+    Raises:
+        UsageError: it does not.
+    """
+    large = [name for name, most in MOST.items() if (getattr(config, name) or 0) > most]
+    bytes_held = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    table = (config.image_size // (config.patch or 16)) ** 2 * (config.width or 1)
+    if large or table > 8 * max(bytes_held, 2**20) or made.image_size != config.image_size:
+        raise UsageError(
+            f"{path}: describes an encoder that its weights do not fit ({', '.join(large) or 'image_size'})"
+        )
     try:
-        encoder.load_state_dict(checkpoint.encoder_tensors(saved), strict=True)
+        with torch.device("meta"):
+            described = sum(p.numel() for p in build_encoder(config, made, seed=0).parameters())
+    except (RuntimeError, OverflowError, AssertionError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: describes an encoder that cannot be built ({str(error).splitlines()[0]})") from None
+    if described > max(bytes_held, 2**20):  # a parameter takes a byte at the very least
+        raise UsageError(
+            f"{path}: describes an encoder of {described:,} parameters, its weights have {bytes_held:,} bytes"
+        )
+
+
+def _from_checkpoint(path: Path) -> Encoder:
+    recipe, tensors = read_checkpoint(path)  # the recipe's objective may come from a package that is not here
+    try:
+        config = EncoderConfig.model_validate(recipe["encoder"])
+        made = preprocessing_of(DataConfig.model_validate(recipe["data"]), config)
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f"{path}: its recipe describes no encoder; it is no checkpoint of selfsight's") from None
+    _refuse_bomb(config, made, tensors, path)
+    encoder = build_encoder(config, made, seed=0)
+    try:
+        encoder.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
     return encoder.eval()
@@ -221,10 +307,15 @@ def _as_timm(architecture: str, known: dict[str, Any], arguments: dict[str, Any]
         )
     channels, size, _ = known["input_size"]
     fields = {"name": architecture, "image_size": size, "channels": channels} | changed
-    config = EncoderConfig(**fields, positions="learned", init="timm", pool="head", weights=weights)
+    try:
+        config = EncoderConfig(**fields, positions="learned", init="timm", pool="head", weights=weights)
+    except ValidationError as error:
+        raise UsageError(f"{weights}: {'; '.join(explain(error, 'encoder.', EncoderConfig))}") from None
     interpolation = known["interpolation"] if known["interpolation"] in {"bicubic", "bilinear"} else "bicubic"
     statistics = tuple(known["mean"]), tuple(known["std"])
     made = Preprocessing(config.image_size, channels, *statistics, interpolation, known["crop_pct"])
+    if is_file(Path(weights)):
+        _refuse_bomb(config, made, read_tensors(Path(weights)), Path(weights))
     encoder = build_encoder(config, made, seed=0)
     load_weights(encoder, weights, config.name)
     return encoder.eval()

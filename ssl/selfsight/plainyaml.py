@@ -1,4 +1,4 @@
-"""YAML as people expect it: the 1.2 core scalars, no duplicate keys, no tags, no aliases, within size and depth caps.
+"""YAML as people expect it: the 1.2 core scalars, no duplicate keys, no tags, no aliases, no NUL, within size and depth caps.
 
 PyYAML alone reads `5e-4` as a string, `no` as False, `0123` as 83, `1:30` as 90, and keeps the last of two equal keys.
 """
@@ -11,7 +11,7 @@ import yaml
 
 from selfsight.errors import UsageError
 
-MAX_BYTES, MAX_DEPTH = 1_000_000, 20
+MAX_BYTES, MAX_DEPTH = 200_000, 20  # a list of 100,000 words takes PyYAML 3 s
 _SCALARS = {
     "bool": (re.compile(r"^(?:true|false)$", re.I), "tTfF"),
     "null": (re.compile(r"^(?:~|null|)$", re.I), ["~", "n", "N", ""]),
@@ -34,6 +34,8 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(
                 f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not read; use base:"
             )
+        if getattr(self.peek_event(), "tag", None):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: tags (!name) are not read")
         self.depth = getattr(self, "depth", 0) + 1
         if self.depth > MAX_DEPTH:
             raise yaml.YAMLError(f"more than {MAX_DEPTH} levels deep")
@@ -44,10 +46,18 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: a key is a word, not a list or a mapping")
             if key.value in seen:
                 raise yaml.YAMLError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice")
-            seen.add(str(key.value))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a character that no file name or text can have")
+        return value
 
 
 class _Dumper(yaml.SafeDumper):

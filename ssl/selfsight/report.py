@@ -23,6 +23,7 @@ from selfsight.data.loader import normalize
 from selfsight.encoder import Preprocessing
 from selfsight.eval.features import CentralCrops
 from selfsight.export import timm_line
+from selfsight.redact import redact
 from selfsight.run_folder import read_lines, write_atomically
 
 PICTURES = 8  # images in each row
@@ -55,7 +56,7 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = _numbers(read_lines(folder / "metrics.jsonl"))
     page = environment.get_template("report.html.j2").render(
         name=folder.name,
         objective=parts.recipe.objective.name,
@@ -75,8 +76,14 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
         recipe=parts.recipe.to_yaml(),
         environment=_environment(device),
     )
-    write_atomically(folder / "report.html", page)
+    write_atomically(folder / "report.html", redact(page))
     return folder / "report.html"
+
+
+def _numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What can be drawn of the lines; a file that somebody else wrote may hold anything."""
+    kept = [{field: value for field, value in line.items() if isinstance(value, int | float)} for line in lines]
+    return [line for line in kept if "step" in line and "loss" in line]
 
 
 def _charts(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -156,14 +163,10 @@ def _score_rows(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()} CPU"
-    )
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     versions = {"selfsight": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
     versions |= {"timm": timm.__version__, "accelerate": accelerate.__version__, "Python": platform.python_version()}
     return {
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.release()}",
     } | versions

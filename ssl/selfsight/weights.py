@@ -1,7 +1,9 @@
 """Continuing from somebody's weights: every tensor is loaded, adapted in a way that is said, or named in an error."""
 
+import os
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import timm
 from safetensors import SafetensorError
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from selfsight import checkpoint
 from selfsight.encoder import Encoder, resample_positions
-from selfsight.errors import UsageError
+from selfsight.errors import StorageError, UsageError
 
+PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar", ".npz"}  # what others keep weights in
 STEM, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 _TRAINED = ("encoder.backbone.", "backbone.")  # where an encoder's tensors lie in a checkpoint, and in its average
 
@@ -51,17 +54,59 @@ def load_weights(encoder: Encoder, source: str, architecture: str) -> list[str]:
     return [f"loaded all {len(wanted)} tensors from {source}", *lines]
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A .safetensors file.
+
+    Raises:
+        UsageError: it is something else, or damaged.
+    """
+    try:
+        return load_file(path)
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # types that torch lacks: the last two
+        raise UsageError(f"encoder.weights: {path}: not a safetensors file ({error})") from None
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The recipe and the encoder's tensors of a training checkpoint.
+
+    Raises:
+        StorageError: it does not verify, or holds something else than its manifest's maker should have written.
+    """
+    try:
+        saved = checkpoint.load(folder)
+        return dict(saved.state["recipe"]), checkpoint.encoder_tensors(saved)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(f"{folder}: is no checkpoint of selfsight's ({type(error).__name__}: {error})") from None
+
+
+def require_whole(folder: Path) -> None:
+    """Raise StorageError if an exported folder has a manifest and is not what it says."""
+    if os.path.lexists(folder / checkpoint.MANIFEST):
+        problem = checkpoint.manifest_problem(folder, {"config.json", "model.safetensors"})
+        if problem:
+            raise StorageError(f"{folder}: {problem}; copy or export it again")
+
+
 def _read(source: str, architecture: str) -> dict[str, Tensor]:
     folder = Path(source)
-    if (folder / "state.json").is_file():
-        trained = checkpoint.encoder_tensors(checkpoint.load(folder))
+    if is_file(folder / "state.json"):
+        _, trained = read_checkpoint(folder)
         return {name.removeprefix("backbone."): tensor for name, tensor in trained.items()}
-    path = folder / "model.safetensors" if (folder / "model.safetensors").is_file() else folder
-    if path.is_file():
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise UsageError(f"encoder.weights: {path}: not a safetensors file ({error})") from None
+    path = folder
+    if is_file(folder / "model.safetensors"):
+        require_whole(folder)
+        path = folder / "model.safetensors"
+    if path.suffix in PICKLES and is_file(path):
+        advice = f"selfsight import-weights {path} {path.with_suffix('.safetensors')}"
+        raise UsageError(f"encoder.weights: {path}: may hold code, so it is not read here; import it first: {advice}")
+    if is_file(path):
+        tensors = read_tensors(path)
         for prefix in _TRAINED:
             if trained := {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}:
                 return trained
@@ -80,16 +125,32 @@ def _read(source: str, architecture: str) -> dict[str, Tensor]:
         ) from None
 
 
+def is_file(path: Path) -> bool:
+    """Path.is_file, which is no answer but an error for a name that is too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _adapt(name: str, tensor: Tensor, wanted: Tensor, encoder: Encoder) -> Tensor:
-    """A stem for other channels or patches, or a position table for another grid."""
-    if name == STEM and tensor.ndim == 4 and tensor.shape[0] == wanted.shape[0]:
-        tensor = resample_patch_embed(tensor, list(wanted.shape[-2:]))
-        return adapt_input_conv(wanted.shape[1], tensor, tensor.shape[1])
-    if name == POSITIONS and tensor.shape[-1] == wanted.shape[-1]:
-        prefix = wanted.shape[1] - encoder.grid[0] * encoder.grid[1]
-        side = isqrt(tensor.shape[1] - prefix)
-        if side * side == tensor.shape[1] - prefix:
-            return resample_positions(encoder, tensor, (side, side))
+    """A stem for other channels or patches, or a position table for another grid; what cannot be adapted comes back as it is."""
+    try:
+        if name == STEM and tensor.ndim == 4 and tensor.shape[0] == wanted.shape[0]:
+            tensor = resample_patch_embed(tensor, list(wanted.shape[-2:]))
+            return adapt_input_conv(wanted.shape[1], tensor, tensor.shape[1])
+        if name == POSITIONS and tensor.ndim == 3 and tensor.shape[::2] == wanted.shape[::2]:
+            prefix = wanted.shape[1] - encoder.grid[0] * encoder.grid[1]
+            patches = tensor.shape[1] - prefix
+            if patches > 0 and isqrt(patches) ** 2 == patches:
+                return resample_positions(encoder, tensor, (isqrt(patches),) * 2)
+    except (
+        NotImplementedError,
+        AssertionError,
+        RuntimeError,
+        ValueError,
+    ):  # timm's and torch's, of shapes that make no sense
+        return tensor
     return tensor
 
 
@@ -103,6 +164,11 @@ def _refuse_mismatch(source: str, found: dict[str, Tensor], wanted: dict[str, Te
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
         "of another shape": shapes,
+        "that are no real numbers": [
+            name
+            for name, tensor in found.items()
+            if name in wanted and wanted[name].is_floating_point() and not tensor.is_floating_point()
+        ],
     }
     told = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
     if told:

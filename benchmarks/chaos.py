@@ -23,6 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "faults"))
 
+import corpus
+import flips
 from launch import Job, Launcher, words
 
 STEPS, PARTS = 40, 4
@@ -34,6 +36,7 @@ SMALL: dict[str, dict[str, object]] = {
     "distill": {},
     "dino": {"objective.outputs": 16, "objective.head_width": 8, "objective.bottleneck": 8, "encoder.heads": 2},
     "joint": {},
+    "data2vec": {"objective.name": "data2vec", "objective.mask_size": 2},
 }
 FIELDS: dict[str, object] = {
     "data.train": "digits:train",
@@ -59,9 +62,10 @@ Found = Counter[str]
 def arguments(objective: str, folder: Path, more: dict[str, object]) -> list[str]:
     """The command line of a small run."""
     fields = FIELDS | SMALL[objective] | more
-    if objective == "dino":  # its teacher is an average already
+    if objective in {"dino", "data2vec"}:  # their teachers are averages already
         fields = fields | {"train.ema": None}
-    return ["pretrain", f"digits/{objective}", *words(fields | {"run_dir": folder})]
+    recipe = "simmim" if objective == "data2vec" else objective
+    return ["pretrain", f"digits/{recipe}", *words(fields | {"run_dir": folder})]
 
 
 def lines(folder: Path, rank: int | None = None) -> list[dict[str, Any]]:
@@ -188,7 +192,10 @@ class Histories:
             world = self.random.choice(worlds)
             timed, one = self.random.random() < 0.3, world > 1 and self.random.random() < 0.3
             fault = "" if timed else self.fault() + (f" rank={self.random.randrange(world)}" if one else "")
-            codes = self.kill(self.launcher.start(command, world, fault), seconds, timed, one)
+            # Elastic ones also change the loader's workers, seldom, for these take seconds to start.
+            workers = self.random.choice([0, 0, 0, 1]) if len(worlds) > 1 else 0
+            job = self.launcher.start([*command, "--train.workers", workers], world, fault)
+            codes = self.kill(job, seconds + 6 * workers, timed, one)
             died = -9 in codes
             done += died
             inside = died and (fault.startswith("save") or any((folder / "checkpoints").glob(".draft-*")))
@@ -258,6 +265,17 @@ def measure(kills: int, elastic: int, jobs: int) -> Found:
     return total
 
 
+def damage(tries: int) -> dict[str, Any]:
+    """Flip and cut so many times, and give every hostile file to whoever would read it."""
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        flipped = flips.flip_all(Path(name) / "flips", tries)
+        attacked = corpus.attack_all(Path(name) / "attacks")
+    found = {key: flipped[key] for key in ("flips", "flips_silent")}
+    found |= {f"flips_{kind}": counts for kind, counts in flipped["by_kind"].items()}
+    found |= {key: attacked[key] for key in ("attacks", "attacks_executed")}
+    return found | {f"attacks_{key}": len(attacked[key]) for key in ("over_time", "over_memory", "not_ours")}
+
+
 def main() -> None:
     """Print what was tried and what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,15 +286,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     started = time.monotonic()
-    found = Found(
-        dict.fromkeys(
-            ("kills", "kills_inside_saves", "runs_lost", "ids_differing", "weights_differing", "surprises"), 0
-        )
-    )
-    found.update(measure(options.kills, options.elastic, options.jobs))
-    result: dict[str, Any] = dict(found)
+    names = ("histories", "kills", "kills_inside_saves", "runs_lost", "ids_differing", "weights_differing", "surprises")
+    result: dict[str, Any] = dict.fromkeys([*names, *(f"elastic_{name}" for name in names)], 0)
+    result |= measure(options.kills, options.elastic, options.jobs)
+    result |= damage(options.flips)
     result["seconds"] = round(time.monotonic() - started)
-    print(json.dumps(result, indent=1) if options.json else "\n".join(f"{k:28} {v:,}" for k, v in result.items()))
+    print(json.dumps(result, indent=1) if options.json else "\n".join(f"{k:28} {v}" for k, v in result.items()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import lzma
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from io import BytesIO
@@ -209,7 +210,7 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
         try:
             with OPENERS.get(path.suffix, open)(path, "rb") as packed, plain.open("wb") as out:
                 shutil.copyfileobj(packed, out, 2**20)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
             raise DataError(f"{path}: cannot be unpacked ({error})") from None
         build_index(plain)
     if encoding.changes or unlabelled:
@@ -221,7 +222,14 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
             path.replace(draft / path.name)
     shutil.rmtree(raw)
     names = paths[0].parent / "classes.json"
-    return json.loads(names.read_text()) if names.exists() and not unlabelled else []
+    return _class_names(names) if names.exists() and not unlabelled else []
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(path.read_text())]
+    except (ValueError, TypeError, RecursionError):
+        raise DataError(f"{path}: is no list of names; remove or repair it") from None
 
 
 def _torchvision(name: str, root: Path | None, split: str, download: bool) -> tuple[list[str], Samples]:

@@ -17,7 +17,7 @@ from selfsight.data.loader import Batches, Placer
 from selfsight.data.shards import Shards
 from selfsight.data.views import ViewMaker
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
-from selfsight.errors import UsageError
+from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
@@ -112,6 +112,8 @@ class Parts:
         Raises:
             UsageError: a checkpoint of another recipe; every differing key is named.
         """
+        if not all(isinstance(saved.state.get(key), dict) for key in ("recipe", "fingerprint")):
+            raise StorageError(f"{where}: its checkpoint does not say of which recipe it is")
         # Fields that are younger than the checkpoint had, when it was written, what is their default now.
         younger = self.fingerprint(validate(saved.state["recipe"], where))
         other = differences(merge(younger, saved.state["fingerprint"]), self.fingerprint())
@@ -125,11 +127,19 @@ class Parts:
         versions = differences(saved.state.get("libraries", {}), libraries()) if "libraries" in saved.state else {}
         self.notes += [f"warning: {told}: results may differ in the last bits" for told in versions.values()]
         self.past.restore(saved.state.get("past", {}))
-        self.objective.load_state_dict(saved.tensors["model"], strict=True)
-        checkpoint.unpack_optimizer(self.optimizer, self.names, saved.tensors["optim"])
-        if self.average:
-            self.average.load_state_dict(saved.tensors["ema"], strict=True)
-        return saved.state["step"]
+        step: int = saved.state["step"]
+        if step > self.steps:
+            raise StorageError(f"{where}: its checkpoint is of step {step:,}, and the run has {self.steps:,}")
+        try:
+            self.objective.load_state_dict(saved.tensors["model"], strict=True)
+            checkpoint.unpack_optimizer(self.optimizer, self.names, saved.tensors["optim"])
+            if self.average:
+                self.average.load_state_dict(saved.tensors["ema"], strict=True)
+        except (KeyError, RuntimeError) as error:
+            raise StorageError(f"{where}: its checkpoint lacks something: {' '.join(str(error).split())}") from None
+        if step and not self.optimizer.state and not self.past.left_out:  # a run of bad steps only has none
+            raise StorageError(f"{where}: its checkpoint lacks the optimizer's state")
+        return step
 
 
 def libraries() -> dict[str, str]:

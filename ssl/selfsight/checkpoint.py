@@ -248,15 +248,22 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        StorageError: one that does not verify, or of a newer format.
+        StorageError: one that does not verify, holds something else than `save` writes, or is of a newer format.
     """
     if problem := verify(path):
         raise StorageError(f"{path}: {problem}")
-    state = json.loads((path / "state.json").read_text())
-    if state["format"] > FORMAT:
-        raise StorageError(f"{path}: written by a newer release (format {state['format']}, this one reads {FORMAT})")
-    files = sorted(name for name in json.loads((path / MANIFEST).read_text()) if name.endswith(".safetensors"))
-    return Checkpoint(state, {name.removesuffix(".safetensors"): load_file(path / name) for name in files})
+    try:
+        state = json.loads((path / "state.json").read_text())
+        if state["format"] > FORMAT:
+            raise StorageError(
+                f"{path}: written by a newer release (format {state['format']}, this one reads {FORMAT})"
+            )
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise StorageError(f"{path}: state.json holds no step")
+        files = sorted(name for name in json.loads((path / MANIFEST).read_text()) if name.endswith(".safetensors"))
+        return Checkpoint(state, {name.removesuffix(".safetensors"): load_file(path / name) for name in files})
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise StorageError(f"{path}: is no checkpoint of selfsight's ({type(error).__name__}: {error})") from None
 
 
 def encoder_tensors(saved: Checkpoint) -> Tensors:

@@ -56,21 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refused(error: SelfsightError, debug: bool) -> int:
     if debug:
         _redacted_trace(*sys.exc_info())
-    for line in redact(explain(error)).splitlines():
+    for line in redact(error.told).splitlines():
         print(f"selfsight: {line}", file=sys.stderr)
     return error.exit_code
 
 
 def _redacted_trace(*what: Any) -> None:
     print(redact("".join(traceback.format_exception(*what))), end="", file=sys.stderr)
-
-
-def explain(error: SelfsightError) -> str:
-    """The message of an error; a loader worker's comes wrapped in its traceback, whose end is the message."""
-    text = str(error)
-    if "Original Traceback" in text:
-        return text.strip().splitlines()[-1].partition(": ")[2]
-    return text
 
 
 def split_fields(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -7,7 +7,7 @@ class SelfsightError(Exception):
     exit_code = 1
 
     @property
-    def message(self) -> str:
+    def told(self) -> str:
         """What to say; a loader worker's error comes wrapped in its traceback, whose end is the message."""
         text = str(self)
         return text.strip().splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text

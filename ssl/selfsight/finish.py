@@ -8,7 +8,7 @@ import torch
 
 from selfsight import __version__, checkpoint, console
 from selfsight.assemble import Parts, assemble
-from selfsight.errors import UsageError
+from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import evaluate
 from selfsight.export import export, load_encoder, timm_line
 from selfsight.faults import faultpoint
@@ -28,7 +28,7 @@ def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
     scores_file = folder / "scores.json"  # written last
     if scores_file.exists():
         console.say(f"{folder}: is finished; remove it, or name another run_dir, to run again")
-        return json.loads(scores_file.read_text())
+        return read_scores(scores_file)
     provenance = {
         "version": __version__,
         "steps": parts.steps,
@@ -55,6 +55,20 @@ def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
     return scores
 
 
+def read_scores(path: Path) -> dict[str, Any]:
+    """What scores.json holds.
+
+    Raises:
+        StorageError: something else.
+    """
+    try:
+        found: Any = json.loads(path.read_text())
+        rows = [{**dict(row), "value": float(row["value"])} for row in found["scores"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise StorageError(f"{path}: is damaged; remove it, and the same command scores again") from None
+    return found | {"scores": rows}
+
+
 def report_again(folder: Path) -> Path:
     """Write the report of a run from what its folder holds.
 
@@ -68,4 +82,4 @@ def report_again(folder: Path) -> Path:
     parts = assemble(recipe, torch.device("cpu"))
     parts.restore(checkpoint.load(newest), str(folder))
     scores = folder / "scores.json"
-    return write_report(parts, json.loads(scores.read_text())["scores"] if scores.exists() else [], torch.device("cpu"))
+    return write_report(parts, read_scores(scores)["scores"] if scores.exists() else [], torch.device("cpu"))

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from selfsight.errors import PeerLost, Stopped
+from selfsight.errors import PeerLost, SelfsightError, Stopped
+from selfsight.redact import redact
 
 BEAT = 0.25  # seconds between signs of life
 GRACE = 2.0  # seconds that a rank has to end by itself, once it knows, before it is ended
@@ -92,7 +93,8 @@ class Peers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         failed = error is not None and not isinstance(error, PeerLost | Stopped)
-        self.leave({"failed": str(error).splitlines()[0] if str(error) else repr(error)} if failed else None)
+        told = error.told if isinstance(error, SelfsightError) else str(error)
+        self.leave({"failed": (told or repr(error)).splitlines()[0]} if failed else None)
 
     def leave(self, last: dict[str, Any] | None = None) -> None:
         """Stop watching, and tell the others that this rank has done its part, or why not."""
@@ -204,5 +206,5 @@ class Peers:
     def _end(self) -> None:
         """A main thread that hangs in a collective would never hear of it."""
         if not self.over.wait(GRACE):
-            print(f"selfsight: {self.lost}", file=sys.stderr, flush=True)
+            print(redact(f"selfsight: {self.lost}"), file=sys.stderr, flush=True)
             os._exit(PeerLost.exit_code)

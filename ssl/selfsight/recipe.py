@@ -43,21 +43,21 @@ class EncoderConfig(Section):
 
     name: str = "vit_tiny_patch16_224"
     """A timm model; what follows changes it."""
-    image_size: int = Field(224, ge=1)
+    image_size: int = Field(224, ge=1, le=8192)
     """Side of the square input, pixels."""
     channels: int = Field(3, ge=1, le=32)
     """Input channels."""
-    patch: int | None = Field(None, ge=1)
+    patch: int | None = Field(None, ge=1, le=1024)
     """Side of a patch, pixels; null: as the model has it."""
-    width: int | None = Field(None, ge=8)
+    width: int | None = Field(None, ge=8, le=32768)
     """Width of a token; null: as the model has it."""
-    depth: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1, le=1024)
     """Transformer blocks; null: as the model has it."""
-    heads: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1, le=1024)
     """Attention heads; null: as the model has it."""
     class_token: bool | None = None
     """Whether there is a class token; null: as the model has it."""
-    registers: int | None = Field(None, ge=0)
+    registers: int | None = Field(None, ge=0, le=4096)
     """Register tokens (Darcet et al. 2024); null: as the model has it."""
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: the share of samples that skip the last block, growing linearly from 0 at the first."""
@@ -111,9 +111,9 @@ class TrainConfig(Section):
     """torch.compile for the transformer blocks: faster on a GPU after a minute of compiling."""
     checkpoint_blocks: bool = False
     """Recompute each block in the backward pass: a third slower, far less memory."""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0, le=256)
     """Loader processes for each rank; null: the cores shared among the machine's ranks, at most 8."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of torch in each rank; null: torch's choice, all cores. Tiny models are faster with 1."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a running average of the encoder's weights, which is then what is scored and exported; null: none."""

@@ -171,7 +171,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             found.append(value)
@@ -181,7 +181,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def cut_lines_after(path: Path, step: int) -> None:
     """Drop the metrics of steps after a checkpoint: they will be made again."""
     if path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        kept = [line for line in read_lines(path) if isinstance(line.get("step"), int) and line["step"] <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

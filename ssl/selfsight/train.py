@@ -43,6 +43,7 @@ from selfsight.peers import Peers
 from selfsight.processes import StopRequest, agree, join, loader_workers, same_on_every_rank
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
+from selfsight.redact import redact_tree
 from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, require_writable, write_atomically
 
 # For which all ranks end a run at the same step; for the last two nothing can be saved.
@@ -109,7 +110,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     collapse, divergence = CollapseWatch(config.on_collapse == "stop", parts.past), DivergenceWatch(parts.past)
     bad = BadSteps(folder, config.on_nonfinite == "stop", parts.past)
     online = OnlineKNN(recipe.eval, loader_workers(recipe)) if recipe.eval.train and main else None
-    start_trackers(accelerator, folder.name, recipe.model_dump(mode="json"))
+    start_trackers(accelerator, folder.name, redact_tree(recipe.model_dump(mode="json")))
 
     def save(step: int, wait: bool) -> None:
         peers.now(step, "saving")
@@ -210,10 +211,10 @@ def leave(
     if why is Stopped and accelerator.is_main_process:
         write_atomically(folder / STOPPED, f"{done}\n")
     accelerator.wait_for_everyone()  # a rank that leaves early has the launcher end the one that saves
-    where = f"after step {done:,} of {steps:,}, saved; run the same command to go on"
+    where = f"after step {done:,} of {steps:,}{', saved' if done else ''}; run the same command to go on"
     if why is Stopped:
         raise Stopped(f"stopped on request {where}")
-    told = problem.message if problem else "another rank cannot go on with its data; it says why"
+    told = problem.told if problem else "another rank cannot go on with its data; it says why"
     raise why(f"{told}\nthe run ended {where} when that is mended")
 
 

@@ -14,7 +14,6 @@ from conftest import pictures
 from sources import Item, Source, alive, crash, fail, freeze, hang, killed, pids
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from selfsight.cli import explain
 from selfsight.data import feed as feeding
 from selfsight.data.build import write_shards
 from selfsight.data.feed import affordable_workers, culprits, feed
@@ -148,7 +147,7 @@ def test_what_an_item_raises_is_no_loss_of_workers(tmp_path: Path, capsys: pytes
         for item in feed(Source(tmp_path, {13: fail}), range(9), 1, False):
             found.append(item)
     assert plain(found) == expected(range(4))
-    assert explain(error.value) == "x.tar: the shard is gone"
+    assert error.value.told == "x.tar: the shard is gone"
     assert capsys.readouterr().err == ""
     assert ended({item.pid for item in found})
 

@@ -41,6 +41,13 @@ def test_a_rank_with_bad_data_is_named_with_its_reason(start: Start) -> None:
     assert "data.train (was " in job.told(1) and "is '/nowhere.tar')" in job.told(1)
 
 
+def test_a_rank_with_other_sources_is_refused(start: Start) -> None:
+    job = start(2, own={1: ["--plugin", "other_sources"]})
+    assert job.wait(30) == [2, 2]
+    assert "rank 1 was started in another way than rank 0" in job.told(0)
+    assert re.search(r"program\.selfsight \(was '\S+ \w{12}', is '\S+ another'\)", job.told(1))
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_rank_is_named_at_the_timeout(start: Start, frozen: int) -> None:
     """It may not answer the launcher, either: it is killed once the other has ended."""

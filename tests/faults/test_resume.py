@@ -30,8 +30,8 @@ def histories(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("objective", ["mae", "vicreg", "dino"])
 def test_kills_at_random_change_nothing(histories: Histories, objective: str) -> None:
-    histories.run(objective, [1], 4, {})
-    assert histories.found["kills"] >= 1
+    while histories.found["kills"] < 3:  # a fault may lie behind the last step
+        histories.run(objective, [1], 4, {})
     assert not any(histories.found[name] for name in ("runs_lost", "ids_differing", "weights_differing", "surprises"))
 
 
@@ -170,7 +170,8 @@ def test_a_changed_field_is_refused_unless_it_is_allowed(start: Start, tmp_path:
 
 def test_other_libraries_are_said(start: Start, tmp_path: Path) -> None:
     assert start(faults="update kill step=5").wait(60) == [-9]
-    folder = tmp_path / "run" / "checkpoints" / "step-00000003"
+    folder = checkpoint.newest(tmp_path / "run" / "checkpoints")[0]  # that of step 3 may not have been through
+    assert folder is not None
     state = json.loads((folder / "state.json").read_text())
     state["libraries"]["pillow"] = "1.0"
     (folder / "state.json").write_text(json.dumps(state))

@@ -43,11 +43,11 @@ class MAEConfig(ObjectiveConfig):
     """Share of the patches that is hidden."""
     predict_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the hidden patches that the decoder rebuilds (dual masking, VideoMAE V2, arXiv 2303.16727)."""
-    decoder_width: int = Field(512, ge=8)
+    decoder_width: int = Field(512, ge=8, le=32768)
     """Width of the decoder's tokens."""
-    decoder_depth: int = Field(8, ge=1)
+    decoder_depth: int = Field(8, ge=1, le=256)
     """Transformer blocks in the decoder."""
-    decoder_heads: int = Field(16, ge=1)
+    decoder_heads: int = Field(16, ge=1, le=1024)
     """Attention heads in the decoder."""
     normalize_patches: bool = True
     """Each target patch has mean 0 and variance 1, which puts detail before brightness."""
@@ -83,9 +83,9 @@ class VICRegConfig(ObjectiveConfig):
     """Weight of the hinge that keeps each dimension's standard deviation above 1."""
     covariance: float = Field(1.0, ge=0)
     """Weight of the squared covariances between dimensions."""
-    expander_width: int = Field(2048, ge=2)
+    expander_width: int = Field(2048, ge=2, le=131072)
     """Width of the embeddings and of the expander's hidden layers; the paper has 8192."""
-    expander_layers: int = Field(3, ge=1)
+    expander_layers: int = Field(3, ge=1, le=64)
     """Linear layers of the expander."""
     view: View = View(**_STRONG)
     """The first view."""
@@ -153,15 +153,15 @@ class DINOConfig(EMATeacherConfig):
 
     name: Literal["dino"] = "dino"
     """Which objective."""
-    outputs: int = Field(65536, ge=2)
+    outputs: int = Field(65536, ge=2, le=2**20)
     """Prototypes: width of the head's output."""
-    head_width: int = Field(2048, ge=1)
+    head_width: int = Field(2048, ge=1, le=131072)
     """Width of the head's hidden layers."""
-    head_layers: int = Field(3, ge=1)
+    head_layers: int = Field(3, ge=1, le=64)
     """Linear layers of the head before the prototypes."""
     head_norm: bool = False
     """Batch normalisation in the head, over the global batch: small models and sets do not start without it."""
-    bottleneck: int = Field(256, ge=1)
+    bottleneck: int = Field(256, ge=1, le=32768)
     """Width of the vectors that are compared with the prototypes."""
     normalize_prototypes: bool = True
     """Prototypes have length 1; without it small models learn a little more, large ones diverge."""
@@ -177,7 +177,7 @@ class DINOConfig(EMATeacherConfig):
     """What keeps the teacher from one answer to all: a running mean taken off its outputs, or Sinkhorn-Knopp on the batch."""
     center_momentum: float = Field(0.9, ge=0, lt=1)
     """Decay of that running mean."""
-    local_views: int = Field(8, ge=0)
+    local_views: int = Field(8, ge=0, le=64)
     """Small views of each image, for the student only."""
     ibot: float = Field(0.0, ge=0)
     """Weight of the loss on masked patch tokens (iBOT, Zhou et al. 2022, arXiv 2111.07832); 0: none."""

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable
 from math import isqrt
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from selfsight.run_folder import differences
 
 Outputs = dict[str, Tensor]
 _TYPES = {"classes": np.int32}
+_OUTPUTS = {"embedding", "patches", "probabilities", "classes"}
 # Weight of a recipe -> the outputs that it needs.
 _NEEDS = {
     "embedding": ("embedding",),
@@ -148,10 +150,24 @@ class StoredTeacher:
             self.of: dict[str, Any] = manifest["of"]
             self.weights: str = manifest["weights"]
             self.widths: dict[str, int] = manifest["widths"]
+            if strange := set(manifest["outputs"]) - _OUTPUTS:
+                raise ValueError(f"outputs that are none: {', '.join(map(repr, sorted(strange, key=str)))}")
             self.arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in manifest["outputs"]
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if others := [name for name, array in self.arrays.items() if not _is_output(name, array)]:
+                raise ValueError(f"{', '.join(others)}: of another kind")
+        # NumPy reads a header as Python's literals, and lets pass whatever goes wrong in that.
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            RecursionError,
+            TokenError,
+        ) as error:
             advice = "name a new folder" if folder.exists() else "`selfsight teacher RECIPE` writes it"
             raise UsageError(f"objective.stored: {folder}: holds no stored teacher ({error}); {advice}") from None
         needed: set[str] = set()
@@ -181,6 +197,11 @@ class StoredTeacher:
                 f"objective.stored: {self.folder}: holds outputs for another recipe: {'; '.join(other.values())}\n"
                 "write them again with `selfsight teacher RECIPE`, or give the recipe as it was"
             )
+
+
+def _is_output(name: str, array: Any) -> bool:
+    wanted = _TYPES.get(name, np.float16)
+    return isinstance(array, np.ndarray) and array.dtype == wanted and array.ndim == (3 if name == "patches" else 2)
 
 
 def write_outputs(

@@ -118,6 +118,7 @@ def test_a_tree_adds_neighbours_first() -> None:
 def test_parts_meet_as_ranks_do() -> None:
     x = torch.arange(8.0).view(4, 2).requires_grad_()
     seen: list[int] = []
+    rows = torch.tensor([[1.0], [2.0], [3.0], [5.0]])
 
     def part(number: int) -> torch.Tensor:
         mine = x[number : number + 1]
@@ -127,13 +128,13 @@ def test_parts_meet_as_ranks_do() -> None:
         assert whole.tolist() == x.tolist()
         assert summed.tolist() == [12.0, 16.0]
         assert most.item() == 7.0
-        loss = (whole * (number + 1)).sum() + summed.prod()
+        loss = (whole * rows * (number + 1)).sum() + summed.prod()
         loss.backward()
         return loss.detach()
 
     Parts(4).run([lambda number=number: part(number) for number in range(4)])  # type: ignore[misc]
     assert seen == [0, 1, 2, 3]  # in turn
-    expected = torch.full((4, 2), 1.0 + 2 + 3 + 4) + 4 * torch.tensor([16.0, 12.0])
+    expected = rows.expand(4, 2) * (1.0 + 2 + 3 + 4) + 4 * torch.tensor([16.0, 12.0])
     assert x.grad is not None
     assert torch.equal(x.grad, expected)
     assert ranks() == 1

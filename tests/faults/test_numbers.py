@@ -13,11 +13,9 @@ from poison import POISONED
 from safetensors.torch import load_file
 
 from selfsight import checkpoint
-from selfsight.assemble import assemble
 from selfsight.divergence import PATIENCE, WARM, DivergenceWatch
 from selfsight.errors import NumericError
 from selfsight.finite import MOST, WINDOW, BadSteps
-from selfsight.ledger import weights_hash
 from selfsight.objectives.dino import DINO
 from selfsight.objectives.mae import MAE
 from selfsight.past import Past
@@ -139,23 +137,26 @@ def test_a_resumed_run_leaves_out_the_same_step(start: Start, tmp_path: Path) ->
     assert state["past"]["left_out"] == [3]
 
 
-def test_what_an_objective_noted_of_a_bad_step_is_forgotten(small_fields: Fields, tmp_path: Path) -> None:
-    """DINO's centre must not move by outputs that were left out."""
+def test_what_an_objective_noted_of_a_bad_step_is_forgotten(
+    small_fields: Fields, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DINO's centre moves by the outputs of its own step: two views of 8 images, also after a step that was left out."""
+    forward, after_step, counted = DINO.forward, DINO.after_step, []
 
+    def poisoned(self: DINO, batch: Any) -> Any:
+        loss = forward(self, batch)
+        return loss._replace(total=loss.total * (float("nan") if 16 in batch.positions else 1.0))
+
+    def counting(self: DINO, step: int, steps: int) -> None:
+        counted.append((step, self.seen[0][1].item()))
+        after_step(self, step, steps)
+
+    monkeypatch.setattr(DINO, "forward", poisoned)
+    monkeypatch.setattr(DINO, "after_step", counting)
     fields = {key: value for key, value in small_fields.items() if "decoder" not in key}
     fields |= {"objective.outputs": 16, "objective.head_width": 8, "objective.bottleneck": 8, "encoder.heads": 2}
-    parts = assemble(load("digits/dino", fields), torch.device("cpu"))
-    objective = parts.objective
-    assert isinstance(objective, DINO)
-    objective(parts.placer(torch.device("cpu"))(parts.batches()[0]))
-    assert objective.seen
-    objective.forget_step()
-    assert not objective.seen
-    before = weights_hash(objective)
-    objective.center.fill_(0.0)
-    objective.after_step(1, 10)
-    assert not objective.center.any()
-    assert weights_hash(objective) == before
+    pretrain("digits/dino", fields)
+    assert counted == [(step, 16) for step in (1, 2, 4, 5, 6)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

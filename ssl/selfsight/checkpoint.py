@@ -8,10 +8,8 @@ ones pruned. Reading takes the newest whose manifest verifies. Nothing is ever u
 import json
 import re
 import shutil
-import threading
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfsight import console
-from selfsight.errors import NumericError, SelfsightError, StorageError
+from selfsight.errors import NumericError, StorageError
 from selfsight.faults import faultpoint
 from selfsight.run_folder import sync
 
 FORMAT = 1
 MANIFEST, MAX_MANIFEST = "manifest.json", 10**6
-FAILURES = 3  # saves in a row that fail before the run ends
 _DRAFT = ".draft-"
 _NAME = re.compile(r"step-(\d{8,})")
 Tensors = dict[str, Tensor]
@@ -95,87 +91,6 @@ def _fill(draft: Path, step: int, state: dict[str, Any], tensors: dict[str, Tens
     for path in [*draft.iterdir(), draft]:
         faultpoint("save.sync", step)
         sync(path)
-
-
-class Saver:
-    """Writes checkpoints beside the training, which waits for the copy of the tensors only.
-
-    A save that comes while another is being written is left out, unless it must be there. A save that fails is said
-    and older checkpoints stay; after three in a row `failed` says why, and the run is to end.
-
-    Args:
-        folder: of the checkpoints.
-        keep: the newest so many are kept.
-        keep_every: and those at multiples of so many steps.
-        log: a file whose lines must be on the disk before a checkpoint is.
-    """
-
-    def __init__(self, folder: Path, keep: int, keep_every: int | None, log: Path) -> None:
-        self.folder, self.keep, self.keep_every, self.log = folder, keep, keep_every, log
-        self.thread: threading.Thread | None = None
-        self.failures = 0
-        self.error: SelfsightError | None = None
-
-    def __enter__(self) -> "Saver":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.finish()  # whatever happened: the run folder is not left before
-
-    @property
-    def failed(self) -> SelfsightError | None:
-        """Why the run should end, if it should."""
-        fatal = self.failures >= FAILURES or isinstance(self.error, NumericError)
-        return self.error if fatal else None
-
-    def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], wait: bool) -> None:
-        """Save the state after `step` steps.
-
-        Args:
-            wait: until it is on the disk.
-
-        Raises:
-            StorageError, NumericError: it could not be written, if `wait`.
-        """
-        must = wait or bool(self.keep_every and step % self.keep_every == 0)
-        if self.thread and self.thread.is_alive() and not must:
-            console.say(f"the checkpoint of step {step:,} is left out: the one before is still being written")
-            return
-        self.finish()
-        faultpoint("save.copy", step)
-        copied = {
-            group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in members.items()}
-            for group, members in tensors.items()
-        }
-        self.thread = threading.Thread(target=self._write, args=(step, state, copied, wait), name="checkpoint")
-        self.thread.start()
-        if wait:
-            self.finish()
-            if self.error:
-                raise self.error
-
-    def finish(self) -> None:
-        """Wait for the one that is being written."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-
-    def _write(self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], awaited: bool) -> None:
-        try:
-            sync(self.log)  # the checkpoint must not outlive the lines before it
-            save(self.folder, step, state, tensors, self.keep, self.keep_every)
-            self.failures, self.error = 0, None
-        except OSError as error:
-            self._failed(StorageError(f"{self.log}: cannot be written ({error.strerror})"), awaited)
-        except SelfsightError as error:
-            self._failed(error, awaited)
-
-    def _failed(self, error: SelfsightError, awaited: bool) -> None:
-        self.failures, self.error = self.failures + 1, error
-        if not awaited:
-            console.say(f"warning: {error}; training goes on ({self.failures} of {FAILURES} failures in a row)")
 
 
 def prune(folder: Path, keep: int, keep_every: int | None) -> None:

@@ -16,7 +16,6 @@ from torch.nn.utils import clip_grads_with_norm_
 from selfsight import checkpoint, console
 from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged, Canonical
-from selfsight.checkpoint import Saver
 from selfsight.collapse import EVERY, CollapseWatch
 from selfsight.data.feed import feed
 from selfsight.data.loader import HostBatch
@@ -45,6 +44,7 @@ from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
 from selfsight.redact import redact_tree
 from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, require_writable, write_atomically
+from selfsight.saver import Saver
 
 # For which all ranks end a run at the same step; for the last two nothing can be saved.
 ENDINGS = Stopped, DataGone, DataError, StorageError, NumericError

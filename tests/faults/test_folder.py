@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from launch import Job
 
 from selfsight import checkpoint
-from selfsight.checkpoint import FAILURES, Saver
 from selfsight.errors import StorageError, UsageError
 from selfsight.metrics import MetricsLog
 from selfsight.run_folder import LOCK, RunLock, is_dead, read_lines, require_writable, this_process
+from selfsight.saver import FAILURES, Saver
 
 Start = Callable[..., Job]
 SAVES = {"train.steps": 12, "train.save_every": 2}

@@ -129,7 +129,7 @@ def test_runs_checkpoints_and_exports_are_one_encoder(
     assert done.stdout == "16\n"
 
 
-def test_a_checkpoint_with_a_tensor_missing_is_refused(small_fields: dict[str, Any]) -> None:
+def test_a_checkpoint_with_a_tensor_missing_is_refused(small_fields: dict[str, Any], unchecked_export: None) -> None:
     pretrain("digits/mae", small_fields)
     folder = Path(small_fields["run_dir"]) / "checkpoints"
     saved = checkpoint.load(folder / "step-00000006")

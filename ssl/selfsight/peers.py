@@ -7,6 +7,7 @@ what it learns, so that every rank can name the one that is lost.
 
 import json
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from selfsight.errors import PeerLost, SelfsightError, Stopped
 from selfsight.redact import redact
 
+SAVER = "checkpoint"  # name of the thread that writes checkpoints
 BEAT = 0.25  # seconds between signs of life
 GRACE = 2.0  # seconds that a rank has to end by itself, once it knows, before it is ended
 PARTING = 0.5  # seconds to wait for the other side to read the last words
@@ -50,7 +52,10 @@ class Line:
         except OSError:
             return None
         *whole, self.left = (self.left + read).split(b"\n")
-        return [json.loads(line) for line in whole] if read else None
+        try:
+            return [dict(json.loads(line)) for line in whole] if read else None
+        except (ValueError, TypeError):  # no rank speaks so
+            return None
 
     def close(self) -> None:
         """Close it when the other side has read everything: one that is closed with words unread loses those it sent, too."""
@@ -118,8 +123,8 @@ class Peers:
         return self.lost
 
     def _connect(self) -> None:
-        """Every rank with rank 0, whose port is made known by a collective."""
-        port = torch.zeros(1, dtype=torch.long, device=self.accelerator.device)
+        """Every rank with rank 0, whose port is made known by a collective, with a number that no stranger has."""
+        told = torch.zeros(2, dtype=torch.long, device=self.accelerator.device)
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         server = None
         if self.rank == 0:
@@ -128,24 +133,34 @@ class Peers:
             except OSError:  # the name of this machine, as the others know it, may not be an address of its own
                 server = socket.create_server(("", 0), backlog=self.world)
             server.settimeout(self.timeout)
-            port += server.getsockname()[1]
-        torch.distributed.all_reduce(port)
+            told += torch.tensor([server.getsockname()[1], secrets.randbits(62)], device=told.device)
+        torch.distributed.all_reduce(told)
+        port, word = told.tolist()
         if server is None:
-            self.lines[0] = Line(socket.create_connection((host, int(port.item())), self.timeout))
-            self.lines[0].send({"rank": self.rank})
+            self.lines[0] = Line(socket.create_connection((host, port), self.timeout))
+            self.lines[0].send({"rank": self.rank, "word": word})
         else:
-            for _ in range(self.world - 1):
-                line = Line(server.accept()[0])
-                self.lines[self._hello(line)] = line
-            server.close()
+            with server:
+                self._accept(server, word)
         self.heard = dict.fromkeys(self.lines, time.monotonic())
 
-    def _hello(self, line: Line) -> int:
-        line.connection.settimeout(self.timeout)
-        for message in line.receive() or []:
-            line.connection.settimeout(1.0)
-            return int(message["rank"])
-        raise PeerLost("a rank left while the ranks were finding each other")
+    def _accept(self, server: socket.socket, word: int) -> None:
+        """A line from every other rank.
+
+        Raises:
+            PeerLost: one does not come.
+        """
+        while len(self.lines) < self.world - 1:
+            try:
+                line = Line(server.accept()[0])
+            except TimeoutError:
+                lacking = sorted({*range(1, self.world)} - {*self.lines})
+                raise PeerLost(f"rank {', '.join(map(str, lacking))} did not come within {self.timeout:g} s") from None
+            hello = (line.receive() or [{}])[0]
+            if hello.get("word") == word:
+                self.lines[hello["rank"]] = line
+            else:  # a stranger, on a network where ports are tried
+                line.connection.close()
 
     def _watch(self) -> None:
         ready = selectors.DefaultSelector()
@@ -204,7 +219,10 @@ class Peers:
         self.known.set()
 
     def _end(self) -> None:
-        """A main thread that hangs in a collective would never hear of it."""
+        """A main thread that hangs in a collective would never hear of it. A checkpoint that is being written is finished."""
         if not self.over.wait(GRACE):
+            for thread in threading.enumerate():
+                if thread.name == SAVER:
+                    thread.join()
             print(redact(f"selfsight: {self.lost}"), file=sys.stderr, flush=True)
             os._exit(PeerLost.exit_code)

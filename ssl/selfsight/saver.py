@@ -9,6 +9,7 @@ from selfsight import checkpoint, console
 from selfsight.checkpoint import Tensors
 from selfsight.errors import NumericError, SelfsightError, StorageError
 from selfsight.faults import faultpoint
+from selfsight.peers import SAVER
 from selfsight.run_folder import sync
 
 FAILURES = 3  # saves in a row that fail before the run ends
@@ -66,7 +67,7 @@ class Saver:
             group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in members.items()}
             for group, members in tensors.items()
         }
-        self.thread = threading.Thread(target=self._write, args=(step, state, copied, wait), name="checkpoint")
+        self.thread = threading.Thread(target=self._write, args=(step, state, copied, wait), name=SAVER)
         self.thread.start()
         if wait:
             self.finish()

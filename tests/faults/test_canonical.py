@@ -15,6 +15,7 @@ from selfsight.errors import UsageError
 from selfsight.metrics import TIMING
 from selfsight.objectives import build_objective, parse_objective
 from selfsight.objectives.across import Parts, gather, largest, ranks, total, tree_sum
+from selfsight.processes import join
 from selfsight.recipe import DataConfig, EncoderConfig, load
 from selfsight.run_folder import read_lines
 
@@ -97,6 +98,18 @@ def test_the_switch_of_the_command_line(launcher: Launcher, small_fields: dict[s
 def test_parts_that_do_not_fit_are_refused(small_fields: dict[str, Any], fields: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         load("digits/mae", small_fields | fields)
+
+
+@pytest.mark.parametrize(("fields", "threads"), [({}, 1), ({"train.threads": 2}, 2)])
+def test_sums_have_the_same_number_of_threads_everywhere(
+    small_fields: dict[str, Any], fields: dict[str, Any], threads: int
+) -> None:
+    torch.set_num_threads(3)
+    try:
+        join(load("digits/mae", small_fields | {"train.deterministic": 8} | fields))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_ranks_that_the_parts_do_not_split_over_are_refused(start: Start) -> None:

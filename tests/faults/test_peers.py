@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from launch import Job
 
 from selfsight import checkpoint
+from selfsight.peers import Line
 from selfsight.run_folder import read_lines
 
 Start = Callable[..., Job]
@@ -46,6 +48,13 @@ def test_a_rank_with_other_sources_is_refused(start: Start) -> None:
     assert job.wait(30) == [2, 2]
     assert "rank 1 was started in another way than rank 0" in job.told(0)
     assert re.search(r"program\.selfsight \(was '\S+ \w{12}', is '\S+ another'\)", job.told(1))
+
+
+def test_a_save_that_is_being_written_is_finished_when_a_peer_is_lost(start: Start, tmp_path: Path) -> None:
+    faults = "save.rename sleep=4 step=5; learn kill rank=1 step=7"
+    job = start(2, faults, {"train.steps": 20, "train.save_every": 5})
+    assert job.wait(30) == [76, -9]
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -138,3 +147,11 @@ def test_what_torchrun_repeats_is_one_request(start: Start, tmp_path: Path) -> N
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
     assert start(1, faults.replace("5", "8"), LONG).wait(30) == [75]  # without it, the second one is meant
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
+
+
+def test_what_no_rank_says_is_a_line_that_is_lost() -> None:
+    ours, theirs = (Line(end) for end in socket.socketpair())
+    theirs.connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert ours.receive() is None
+    for line in (ours, theirs):
+        line.connection.close()

@@ -166,12 +166,15 @@ class Peers:
         ready = selectors.DefaultSelector()
         for rank, line in self.lines.items():
             ready.register(line.connection, selectors.EVENT_READ, rank)
-        beaten = 0.0
+        beaten = time.monotonic()
         while not self.over.is_set() and not self.lost:
             for key, _ in ready.select(BEAT):
                 self._listen(ready, key.data)
-            if time.monotonic() - beaten > BEAT:
-                beaten = time.monotonic()
+            now = time.monotonic()
+            if now - beaten > self.timeout / 2:  # it was this process that was frozen, perhaps with all others
+                self.heard = dict.fromkeys(self.heard, now)
+            if now - beaten > BEAT:
+                beaten = now
                 self._beat()
                 self._find_silent()
         ready.close()

@@ -66,6 +66,17 @@ def test_a_frozen_rank_is_named_at_the_timeout(start: Start, frozen: int) -> Non
     assert f"rank {frozen} has been silent for 2 s (train.timeout)" in job.told(1 - frozen)
 
 
+def test_ranks_that_were_all_stopped_for_a_while_go_on(start: Start) -> None:
+    """As a terminal's Ctrl-Z and fg do, or a debugger."""
+    job = start(2, "data sleep=0.02", {"train.steps": 60, "train.timeout": 1})
+    time.sleep(0.8)
+    for number, wait in ((signal.SIGSTOP, 2.5), (signal.SIGCONT, 0)):
+        for rank in (0, 1):
+            job.signal(rank, number)
+        time.sleep(wait)
+    assert job.wait(60) == [0, 0], job.told()
+
+
 def test_a_rank_that_is_slow_is_named_and_nothing_ends(start: Start, tmp_path: Path) -> None:
     job = start(2, "data sleep=0.1 rank=1", {"train.log_every": 2})
     assert job.wait(60) == [0, 0]

@@ -6,6 +6,7 @@ process that may die, and the samples that crash or hang the decoder are replace
 """
 
 import multiprocessing.connection
+import os
 import shutil
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfsight.console import say
-from selfsight.data.loader import end_with_parent, forkserver, loader
-from selfsight.errors import DataError, SelfsightError
+from selfsight.data.loader import READING, end_with_parent, forkserver, loader
+from selfsight.errors import DataError, DataGone, SelfsightError
 
 TIMEOUT = 60.0  # seconds without a batch, under the two minutes after which other ranks give up
 DEADLINE = 20.0  # seconds for one sample alone
@@ -79,7 +80,7 @@ def feed(source: Source, numbers: range, workers: int, pin: bool, timeout: float
 
 def affordable_workers(item_bytes: int, workers: int, memory: Path = Path("/dev/shm")) -> int:
     """`workers`, or 0 if the shared memory is too small for the batches that they make ahead."""
-    needed = item_bytes * (AHEAD * workers + 1)
+    needed = item_bytes * (AHEAD * workers + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks share it
     try:
         free = shutil.disk_usage(memory).free
     except OSError:  # a system that keeps shared memory elsewhere
@@ -87,7 +88,7 @@ def affordable_workers(item_bytes: int, workers: int, memory: Path = Path("/dev/
     if not workers or needed <= free:
         return workers
     say(
-        f"{memory}: {free / 2**20:,.0f} MiB of shared memory are free, {workers} loader workers need "
+        f"{memory}: {free / 2**20:,.0f} MiB of shared memory are free, {workers} loader workers a rank need "
         f"{needed / 2**20:,.0f}; reading without workers (in a container, --shm-size gives it more)"
     )
     return 0
@@ -188,9 +189,12 @@ def _trial(source: Source, number: int, deadline: float, tried: list[int]) -> di
             told = hears.recv()
             if told is None:
                 return {}
-            sample = told
-            tried.append(sample)
-        return {} if sample is None else {sample: "hangs the decoder"}
+            sample = None if told == READING else told
+            if sample is not None:
+                tried.append(sample)
+        if sample is None:
+            raise DataGone(f"batch {number:,}: its samples could not be read within {START:g} s; is the storage away?")
+        return {sample: "hangs the decoder"}
     except EOFError:  # it died without a word
         return {} if sample is None else {sample: "crashes the decoder"}
     finally:

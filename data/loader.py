@@ -28,6 +28,7 @@ from selfsight.data.views import View, ViewMaker
 from selfsight.errors import DataError
 
 ROWS = 256  # of a stored teacher that are made at once
+READING = -1  # in place of a sample: its bytes are on their way, and nothing is its fault
 SUBSTITUTES = 16  # tries to replace a bad sample; all bad means that the data are
 
 
@@ -73,7 +74,7 @@ class Batches(Dataset[HostBatch]):
     condemned: Mapping[int, str] = field(default_factory=dict)
     """Samples that took down whoever decoded them, and how: bad without being read."""
     report: Callable[[int], None] | None = None
-    """Told of every sample before it is decoded, by a process that may not outlive it."""
+    """Told READING before a sample is read, and its number before it is decoded, by a process that may not outlive it."""
 
     @property
     def item_bytes(self) -> int:
@@ -135,9 +136,12 @@ class Batches(Dataset[HostBatch]):
     def _decoded(self, sample: int) -> Image.Image:
         if sample in self.condemned:
             raise BadSample(self.condemned[sample])
-        if self.report:
-            self.report(sample)
-        return decode(self.shards.read(sample), self.channels)
+        if not self.report:
+            return decode(self.shards.read(sample), self.channels)
+        self.report(READING)
+        body = self.shards.read(sample)
+        self.report(sample)
+        return decode(body, self.channels)
 
     def _bad(self, position: int, sample: int, error: BadSample) -> Bad:
         where = self.shards.describe(sample)
@@ -174,10 +178,11 @@ def forkserver() -> Any:
     return context
 
 
-def loader(dataset: Any, numbers: range, workers: int, pin: bool) -> DataLoader:
+def loader(dataset: Any, numbers: range, workers: int, pin: bool, timeout: float = 0) -> DataLoader:
     """Items `numbers` of a dataset, in that order, made ahead by `workers` processes (0: by this one).
 
-    A worker that dies ends the iteration; training has `selfsight.data.feed`, which goes on.
+    A worker that dies, or gives nothing for `timeout` seconds (0: for ever), ends the iteration with a RuntimeError;
+    training has `selfsight.data.feed`, which goes on.
     """
     return DataLoader(
         dataset,
@@ -186,6 +191,7 @@ def loader(dataset: Any, numbers: range, workers: int, pin: bool) -> DataLoader:
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,
+        timeout=timeout if workers else 0,
         multiprocessing_context=forkserver() if workers else None,
         worker_init_fn=end_with_parent,
     )
@@ -195,11 +201,11 @@ def end_with_parent(worker: int = 0) -> None:
     """Leave stopping to the training process, and end when it is gone, however it went.
 
     A terminal, torchrun or a cluster signals every process of a group, but the trainer still needs the batches of its
-    last step: so workers leave the group. SIGTERM itself stays as it is; DataLoader ends its workers with it.
+    last step: so workers leave the group, and take no signal for theirs.
     DataLoader's own watchdog looks at the parent's number, which is the fork server's and outlives the trainer.
     """
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

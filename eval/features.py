@@ -17,6 +17,7 @@ from selfsight.encoder import Encoder, Preprocessing
 from selfsight.errors import DataError, NumericError, UsageError
 
 BATCH = 256
+LONGEST_WAIT = 300.0  # seconds for a batch, before its workers count as frozen
 FEW_BATCHES = 16
 PIXEL_SIDE = 32  # the raw-pixel floor is taken at most at this size
 
@@ -50,7 +51,7 @@ class CentralCrops(Dataset[Tensor]):
     def read(self, workers: int, pin: bool) -> DataLoader:
         """All batches in order. Workers take seconds to start: a few batches are read sooner without them."""
         numbers = range(-(-len(self.ids) // self.batch))
-        return loader(self, numbers, workers if len(numbers) > FEW_BATCHES else 0, pin)
+        return loader(self, numbers, workers if len(numbers) > FEW_BATCHES else 0, pin, LONGEST_WAIT)
 
     def __getitem__(self, number: int) -> Tensor:
         made = []

@@ -1,5 +1,7 @@
 """How healthy features are, without labels."""
 
+from math import nan
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,13 @@ def rankme(features: Tensor) -> float:
 
     Args:
         features: (N, D), not centred.
+
+    Returns:
+        NaN where they are not finite.
     """
     features = features.double()
+    if not features.isfinite().all():
+        return nan
     if features.shape[1] > 4 * len(features):  # the singular values are those of the smaller Gram matrix
         values = torch.linalg.eigvalsh(features @ features.T).clamp(min=0).sqrt()
     else:

@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
+from selfsight.console import say
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
+from selfsight.errors import SelfsightError
 from selfsight.eval.features import extract, labels_of
 from selfsight.eval.health import rankme
 from selfsight.eval.knn import held_out, predict, unit, usable_k
@@ -27,6 +29,15 @@ class OnlineKNN:
         labels_of(self.shards, self.ids)
         self.bank, self.queries = held_out(len(self.ids))
         self.k, self.workers = min(usable_k(config.k, len(self.bank))), workers
+
+    def score(self, encoder: Encoder, device: torch.device) -> dict[str, float]:
+        """The same, or nothing and a warning: labelled data that cannot be read are no reason to end a training."""
+        try:
+            return self(encoder, device)
+        except (SelfsightError, RuntimeError, OSError) as error:  # the second: a loader worker's end
+            told = error.told if isinstance(error, SelfsightError) else str(error).splitlines()[0]
+            say(f"warning: the online score is left out: {told}")
+            return {}
 
     def __call__(self, encoder: Encoder, device: torch.device) -> dict[str, float]:
         """knn (percent) and rankme (number of dimensions in use)."""

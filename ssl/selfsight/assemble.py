@@ -10,6 +10,7 @@ import PIL
 import timm
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsight import __version__, checkpoint
 from selfsight.data.decode import MODES
@@ -175,6 +176,11 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         notes.append("view.shift: neighbours are told by label; labels must be clips, not classes that are scored")
     if not objective.uses_head:
         encoder.freeze_head()
+    if recipe.train.deterministic and any(isinstance(module, _BatchNorm) for module in objective.modules()):
+        raise UsageError(
+            f"train.deterministic: {recipe.encoder.name} has batch norms, whose running statistics each process makes of its "
+            "own images; choose a vit_*, or leave train.deterministic at 0"
+        )
     objective.to(device)
     average = copy.deepcopy(encoder).requires_grad_(False) if recipe.train.ema else None
     if recipe.train.compile:

@@ -5,6 +5,7 @@ last. All of it is written into a sibling that no reader takes for a checkpoint,
 ones pruned. Reading takes the newest whose manifest verifies. Nothing is ever unpickled.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from selfsight.run_folder import sync
 FORMAT = 1
 MANIFEST, MAX_MANIFEST = "manifest.json", 10**6
 _DRAFT = ".draft-"
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 _NAME = re.compile(r"step-(\d{8,})")
 Tensors = dict[str, Tensor]
 
@@ -59,9 +61,11 @@ def save(
         draft.mkdir(parents=True)
         _fill(draft, step, state, tensors)
         faultpoint("save.rename", step)
-        if final.exists():  # written before a crash that lost its later steps
-            shutil.rmtree(final)
+        aside = folder / f"{_DRAFT}old-{final.name}"
+        if final.exists():  # a future that a crash damaged
+            final.rename(aside)
         draft.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
         faultpoint("save.renamed", step)
         sync(folder)
     except (OSError, SafetensorError) as error:
@@ -142,7 +146,11 @@ def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def manifest_problem(folder: Path, required: set[str]) -> str | None:
-    """What is wrong with a folder that has a manifest: a file that is damaged, strange or not among the required; else None."""
+    """What is wrong with a folder that has a manifest: a file that is damaged, strange or not among the required; else None.
+
+    Raises:
+        StorageError: nobody can say, for a file cannot be read.
+    """
     try:
         if not (folder / MANIFEST).is_file() or (folder / MANIFEST).stat().st_size > MAX_MANIFEST:
             return f"incomplete or damaged (no {MANIFEST} of at most {MAX_MANIFEST:,} bytes)"
@@ -154,18 +162,25 @@ def manifest_problem(folder: Path, required: set[str]) -> str | None:
             if file.stat().st_size != entry["size"] or digest(file) != entry["sha256"]:
                 return f"{name} is damaged"
         missing = sorted(required - set(manifest))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        if error.errno not in _NOT_THERE:  # a whole one must not be taken for damaged because a disk is away
+            raise StorageError(f"{folder}: cannot be read ({error.strerror}); try again when it can") from None
+        return f"incomplete or damaged ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"incomplete or damaged ({type(error).__name__})"
     return f"lacks {', '.join(missing)}" if missing else None
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, verified: bool = False) -> Checkpoint:
     """Read a checkpoint.
+
+    Args:
+        verified: it was, a moment ago.
 
     Raises:
         StorageError: one that does not verify, holds something else than `save` writes, or is of a newer format.
     """
-    if problem := verify(path):
+    if not verified and (problem := verify(path)):
         raise StorageError(f"{path}: {problem}")
     try:
         state = json.loads((path / "state.json").read_text())

@@ -70,6 +70,7 @@ class CollapseWatch:
                     "optim.lr, a larger batch, or the objective's own defaults usually help"
                 )
                 if self.stop:
+                    accelerator.wait_for_everyone()  # as everyone comes here
                     raise NumericError(f"{message} (train.on_collapse: stop)")
                 if accelerator.is_main_process:
                     console.say(f"warning: {message}")

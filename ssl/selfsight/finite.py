@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from selfsight import console
 from selfsight.data.loader import HostBatch
 from selfsight.data.shards import Shards
-from selfsight.objectives.base import Loss
+from selfsight.objectives.base import Loss, Objective
 from selfsight.past import Past
 
 MOST, WINDOW = 3, 100  # so many bad steps in so many are left out; one more ends the run
@@ -35,14 +36,26 @@ class BadSteps:
         folder: the run folder; records go into `bad-steps/`.
         stop: end the run at the first one.
         past: where they are counted.
+        objective: what must stay as it was before such a step.
     """
 
-    def __init__(self, folder: Path, stop: bool, past: Past) -> None:
-        self.folder, self.stop, self.past = folder / "bad-steps", stop, past
+    def __init__(self, folder: Path, stop: bool, past: Past, objective: Objective) -> None:
+        self.folder, self.stop, self.past, self.objective = folder / "bad-steps", stop, past, objective
         self.written = 0
+        # Running statistics of a backbone's batch norms change in the forward pass, before anybody knows.
+        norms = [module for module in objective.modules() if isinstance(module, _BatchNorm)]
+        self.running = [buffer for module in norms for buffer in module.buffers(recurse=False)]
+        self.kept: list[Tensor] = []
 
-    def leave_out(self, step: int) -> str:
-        """Count step `step` (from 1); the answer is a reason to end the run, or empty."""
+    def keep(self) -> None:
+        """Before a forward pass: remember what it may change."""
+        self.kept = [buffer.clone() for buffer in self.running]
+
+    def leave_out(self, step: int, quiet: bool) -> str:
+        """Undo and count step `step` (from 1); the answer is a reason to end the run, or empty."""
+        self.objective.forget_step()
+        for buffer, kept in zip(self.running, self.kept, strict=True):
+            buffer.copy_(kept)
         self.past.left_out.append(step)
         recent = [other for other in self.past.left_out if step - WINDOW < other]
         what = f"step {step}: the loss or the gradient is not finite, on one rank at least; the weights are those of step {step - 1}"
@@ -53,6 +66,8 @@ class BadSteps:
             return f"{what} (train.on_nonfinite: stop); {advice}"
         if len(recent) > MOST:
             return f"{what}, as those of {len(recent)} of the last {WINDOW} steps; {advice}"
+        if not quiet:
+            console.say(f"warning: {what}; it is left out ({len(recent)} of {MOST} in {WINDOW} steps); {advice}")
         return ""
 
     def record(

@@ -146,6 +146,7 @@ def _limit_memory(size: int) -> None:
 def main(given: dict[str, Any]) -> dict[str, Any]:
     """`convert` within the cap: {"lines": what it said}, or {"refused": why}."""
     source = Path(given["source"])
+    torch.set_num_threads(1)  # each has a stack, which counts
     if sys.platform == "linux":
         _limit_memory(source.stat().st_size)
     try:

@@ -52,7 +52,8 @@ def import_weights(source: Path, target: Path, key: str | None = None, prefix: s
 
 def _read(source: Path, draft: Path, key: str | None, prefix: str) -> list[str]:
     given = {"source": str(source.resolve()), "target": str(draft.resolve()), "key": key, "prefix": prefix}
-    command = [sys.executable, "-I", str(_READER), json.dumps(given)]
+    isolated = ["-E", "-P"] if sys.version_info >= (3, 11) else ["-E"]  # not -I: torch may be in the user's own site
+    command = [sys.executable, *isolated, str(_READER), json.dumps(given)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     except subprocess.TimeoutExpired:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from selfsight.console import say
 from selfsight.data.loader import HostBatch
 
 if TYPE_CHECKING:  # objectives keep a hash of a teacher's weights by this file
@@ -54,8 +55,12 @@ class Ledger:
         }
         if step % WEIGHTS_EVERY == 0:
             line["weights"] = weights_hash(model)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            say(f"warning: {self.path}: cannot be written ({error.strerror}); training goes on without it")
+            self.path = None
 
 
 def bits(value: Tensor) -> str:

@@ -63,7 +63,21 @@ def require_trackers(names: Sequence[str]) -> None:
 def start_trackers(accelerator: Accelerator, project: str, config: dict[str, Any]) -> None:
     """Hand the recipe to the trackers, as flat scalars, which is all that TensorBoard takes."""
     scalars = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flatten(config).items()}
-    accelerator.init_trackers(project, config=scalars, init_kwargs={"wandb": {"dir": str(accelerator.project_dir)}})
+    try:
+        accelerator.init_trackers(project, config=scalars, init_kwargs={"wandb": {"dir": str(accelerator.project_dir)}})
+    except Exception as error:  # noqa: BLE001 - as in `MetricsLog.write`
+        accelerator.trackers = []
+        console.say(f"warning: the trackers cannot start ({type(error).__name__}: {error}); training goes on without")
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers send what they have, and leave the other ranks."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # noqa: BLE001 - as in `MetricsLog.write`
+            console.say(f"warning: a tracker could not finish ({type(error).__name__}: {error})")
+    accelerator.state.destroy_process_group()
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,6 +26,8 @@ SAVER = "checkpoint"  # name of the thread that writes checkpoints
 BEAT = 0.25  # seconds between signs of life
 GRACE = 2.0  # seconds that a rank has to end by itself, once it knows, before it is ended
 PARTING = 0.5  # seconds to wait for the other side to read the last words
+HELLO = 20.0  # seconds that a rank may take for its first words, on a busy machine
+LONG_NEWS = 5.0
 NEWS = 1.0  # seconds to wait for the name, after a collective has failed
 
 
@@ -57,6 +59,14 @@ class Line:
         except (ValueError, TypeError):  # no rank speaks so
             return None
 
+    def first(self, seconds: float) -> dict[str, Any]:
+        """The first object that arrives within so many seconds; empty if none does."""
+        end = time.monotonic() + seconds
+        found: list[dict[str, Any]] | None = []
+        while found == [] and time.monotonic() < end:
+            found = self.receive()
+        return found[0] if found else {}
+
     def close(self) -> None:
         """Close it when the other side has read everything: one that is closed with words unread loses those it sent, too."""
         try:
@@ -67,6 +77,15 @@ class Line:
         except OSError:  # it is gone already, or takes too long
             pass
         self.connection.close()
+
+
+def _server(host: str, backlog: int) -> socket.socket:
+    """Listens on a free port: of this machine alone if all ranks are here, else of every address that others may know it by."""
+    if host in {"127.0.0.1", "localhost"}:
+        return socket.create_server(("127.0.0.1", 0), backlog=backlog)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 class Peers:
@@ -116,11 +135,13 @@ class Peers:
         """What this rank is at, for the others to read if it goes silent."""
         self.step, self.doing = step, doing
 
-    def who(self) -> str:
-        """Which rank is lost, asked after a collective has failed; empty if none is."""
-        if self.world > 1:
-            self.known.wait(NEWS)
-        return self.lost
+    def who(self, error: RuntimeError) -> str:
+        """Which rank is lost, asked after a failure that may be a collective's; empty if none is."""
+        if self.world == 1:
+            return ""
+        of_collective = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+        self.known.wait(LONG_NEWS if of_collective else NEWS)  # rank 0 passes it on, and may be busy
+        return self.lost or (f"a collective failed ({str(error).splitlines()[0]})" if of_collective else "")
 
     def _connect(self) -> None:
         """Every rank with rank 0, whose port is made known by a collective, with a number that no stranger has."""
@@ -128,16 +149,16 @@ class Peers:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         server = None
         if self.rank == 0:
-            try:
-                server = socket.create_server((host, 0), backlog=self.world)
-            except OSError:  # the name of this machine, as the others know it, may not be an address of its own
-                server = socket.create_server(("", 0), backlog=self.world)
+            server = _server(host, self.world)
             server.settimeout(self.timeout)
             told += torch.tensor([server.getsockname()[1], secrets.randbits(62)], device=told.device)
         torch.distributed.all_reduce(told)
         port, word = told.tolist()
         if server is None:
-            self.lines[0] = Line(socket.create_connection((host, port), self.timeout))
+            try:
+                self.lines[0] = Line(socket.create_connection((host, port), self.timeout))
+            except OSError as error:
+                raise PeerLost(f"rank {self.rank} cannot reach rank 0 at {host}:{port} ({error})") from None
             self.lines[0].send({"rank": self.rank, "word": word})
         else:
             with server:
@@ -156,7 +177,7 @@ class Peers:
             except TimeoutError:
                 lacking = sorted({*range(1, self.world)} - {*self.lines})
                 raise PeerLost(f"rank {', '.join(map(str, lacking))} did not come within {self.timeout:g} s") from None
-            hello = (line.receive() or [{}])[0]
+            hello = line.first(HELLO)
             if hello.get("word") == word:
                 self.lines[hello["rank"]] = line
             else:  # a stranger, on a network where ports are tried

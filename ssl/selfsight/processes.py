@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -38,7 +39,7 @@ def join(recipe: Recipe) -> Accelerator:
     Raises:
         UsageError: a GPU that is not there, a batch that does not split, or another world than the launcher promised.
     """
-    train, world = recipe.train, int(os.environ.get("WORLD_SIZE", "1"))
+    train, world = recipe.train, _world()
     if train.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: cuda, but torch sees no GPU; use auto or cpu")
     if train.batch_size % (world * train.accumulate):
@@ -47,6 +48,8 @@ def join(recipe: Recipe) -> Accelerator:
         )
     if train.deterministic and train.deterministic % world:
         raise UsageError(f"train.deterministic: {train.deterministic} parts do not split over {world} ranks")
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
     if threads := train.threads or (1 if train.deterministic else None):  # sums depend on the number of threads
         torch.set_num_threads(threads)
     if world == 1:  # a second run in one process, as in a notebook, may ask for another device or precision
@@ -67,6 +70,13 @@ def join(recipe: Recipe) -> Accelerator:
         )
     same_program(accelerator, recipe)
     return accelerator
+
+
+def _world() -> int:
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdigit() or int(told) < 1:
+        raise UsageError(f"WORLD_SIZE is {told!r}, which is no number of processes; use launch.sh or torchrun")
+    return int(told)
 
 
 @contextmanager
@@ -90,6 +100,10 @@ def _others_come_within(limit: float | None) -> Iterator[None]:
             raise
         raise PeerLost(
             f"rank {rank} of {world}: the ranks did not find each other ({str(error).splitlines()[0]})"
+        ) from None
+    except ValueError as error:  # torch's, of an environment that a launcher sets
+        raise UsageError(
+            f"WORLD_SIZE is {world}, but {str(error).splitlines()[0]}; use launch.sh or torchrun"
         ) from None
     finally:
         timer.cancel()
@@ -119,9 +133,12 @@ def same_program(accelerator: Accelerator, recipe: Recipe) -> None:
 def sources() -> str:
     """A short hash of the package's own files."""
     digest = sha256()
-    for folder in selfsight.__path__:
-        for path in sorted(Path(folder).rglob("*.py")):
-            digest.update(path.read_bytes())
+    for top in selfsight.__path__:
+        for folder, below, files in os.walk(top, followlinks=True):  # data and eval are links in a checkout
+            below.sort()
+            for name in sorted(files):
+                if name.endswith(".py"):
+                    digest.update(Path(folder, name).read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -165,6 +182,7 @@ class StopRequest:
     """While it is entered, a first SIGTERM, SIGINT or SIGUSR1 sets `asked`, and a second one ends the process at once.
 
     Under torchrun, which passes on a signal that the whole group already has, repeats within 5 s are the same request.
+    A thread listens, since Python's own handlers wait for the main thread, which may be inside a collective.
     """
 
     def __init__(self) -> None:
@@ -174,14 +192,20 @@ class StopRequest:
         self.patience = SAME_REQUEST if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> "StopRequest":
+        self.heard, self.ear = socket.socketpair()
+        self.ear.setblocking(False)
         self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._ear_before = signal.set_wakeup_fd(self.ear.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._ear_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self.ear.close()  # ends the thread
 
     def at_once(self) -> None:
         """From now on there is nothing to save: a request, also one that came before, raises Stopped where it arrives."""
@@ -189,13 +213,22 @@ class StopRequest:
         if self.asked:
             self._stop()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def hear(self) -> None:
+        """One of the signals has come."""
         if not self.asked:
             self.asked, self.since = True, time.monotonic()
-            if self.now:
-                self._stop()
         elif time.monotonic() - self.since >= self.patience:
             os._exit(Stopped.exit_code)
+
+    def _listen(self) -> None:
+        with self.heard:
+            while numbers := self.heard.recv(1):
+                if numbers[0] in STOP_SIGNALS:
+                    self.hear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.now:
+            self._stop()
 
     def _stop(self) -> None:
         raise Stopped("stopped on request; training is done and saved, run the same command for what is left")

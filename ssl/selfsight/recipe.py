@@ -141,6 +141,8 @@ class TrainConfig(Section):
             raise ValueError("give either epochs or steps")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.deterministic and self.compile:
+            raise ValueError("deterministic and compile: compiled blocks round in another way; choose one")
         if self.deterministic & (self.deterministic - 1):
             raise ValueError(f"deterministic {self.deterministic} is not a power of two")
         if self.deterministic and self.batch_size % (self.accumulate * self.deterministic):

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from selfsight.errors import StorageError, UsageError
 
 LOCK = "run.lock"
+OWNER = "run.owner"  # the lock where the file system has none
 PROBE = 2**16  # bytes that a run folder must have room for at the start
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 STOPPED = "stopped"  # stands in the folder of a run that was asked to stop and is to go on
@@ -56,7 +57,7 @@ class RunLock:
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._refuse()
+            self._refuse(_owner_in(os.pread(self.handle, 4096, 0)))
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -67,30 +68,53 @@ class RunLock:
             return False
 
     def _acquire_without_locks(self) -> bool:
-        owner = self._owner()
-        if owner and not is_dead(owner):
-            self._refuse()
+        """Make a file of our own appear under the owner's name, which only one can."""
         os.close(self.handle)
         self.path.unlink(missing_ok=True)
+        mine = self.path.with_name(f"{OWNER}.{socket.gethostname()}-{os.getpid()}")
+        self.path = self.path.with_name(OWNER)
+        self.handle = os.open(mine, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
+        os.pwrite(self.handle, json.dumps(this_process()).encode(), 0)
         try:
-            self.handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-        except FileExistsError:  # somebody was faster
-            self.handle = os.open(self.path, os.O_RDWR)
-            self._refuse()
+            while not self._appear(mine):
+                self._bury()
+        finally:
+            mine.unlink()
         return True
 
-    def _owner(self) -> dict[str, Any]:
+    def _appear(self, mine: Path) -> bool:
         try:
-            owner = json.loads(os.pread(self.handle, 4096, 0))
-        except ValueError:
-            return {}
-        return owner if isinstance(owner, dict) else {}
+            os.link(mine, self.path)
+        except FileExistsError:
+            return False
+        return True
 
-    def _refuse(self) -> NoReturn:
-        owner = self._owner()
+    def _bury(self) -> None:
+        """Take away the file of a dead owner; whoever is there instead refuses us."""
+        aside = self.path.with_name(f"{OWNER}.dead-{socket.gethostname()}-{os.getpid()}")
+        with suppress(FileNotFoundError):  # its owner has left, or somebody was faster
+            if not is_dead(_owner_in(self.path.read_bytes())):
+                self._refuse(_owner_in(self.path.read_bytes()))
+            self.path.rename(aside)
+            owner = _owner_in(aside.read_bytes())
+            if not is_dead(owner):  # somebody was faster, and this is theirs
+                os.link(aside, self.path)
+            aside.unlink()
+            if not is_dead(owner):
+                self._refuse(owner)
+
+    def _refuse(self, owner: dict[str, Any]) -> NoReturn:
         os.close(self.handle)
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
         raise UsageError(f"{self.path.parent}: in use by {who}; wait for it, or choose another run_dir")
+
+
+def _owner_in(body: bytes) -> dict[str, Any]:
+    try:
+        owner = json.loads(body)
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def this_process() -> dict[str, Any]:

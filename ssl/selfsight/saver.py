@@ -32,6 +32,8 @@ class Saver:
         self.folder, self.keep, self.keep_every, self.log = folder, keep, keep_every, log
         self.thread: threading.Thread | None = None
         self.failures = 0
+        self.newest: int | None = None
+        """The step of the last checkpoint that was written."""
         self.error: SelfsightError | None = None
 
     def __enter__(self) -> "Saver":
@@ -62,6 +64,8 @@ class Saver:
             console.say(f"the checkpoint of step {step:,} is left out: the one before is still being written")
             return
         self.finish()
+        if step == self.newest:
+            return
         faultpoint("save.copy", step)
         copied = {
             group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in members.items()}
@@ -85,10 +89,11 @@ class Saver:
             sync(self.log)  # the checkpoint must not outlive the lines before it
             checkpoint.save(self.folder, step, state, tensors, self.keep, self.keep_every)
             self.failures, self.error = 0, None
-        except OSError as error:
-            self._failed(StorageError(f"{self.log}: cannot be written ({error.strerror})"), awaited)
+            self.newest = step
         except SelfsightError as error:
             self._failed(error, awaited)
+        except Exception as error:  # noqa: BLE001 - whatever a thread raises is lost, and a save that failed must not be
+            self._failed(StorageError(f"{self.folder}: step {step}: {type(error).__name__}: {error}"), awaited)
 
     def _failed(self, error: SelfsightError, awaited: bool) -> None:
         self.failures, self.error = self.failures + 1, error

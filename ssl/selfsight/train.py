@@ -35,7 +35,7 @@ from selfsight.faults import faultpoint
 from selfsight.finish import finish
 from selfsight.finite import BadSteps, all_finite, gradient_norm
 from selfsight.ledger import Ledger
-from selfsight.metrics import Meter, MetricsLog, require_trackers, start_trackers
+from selfsight.metrics import Meter, MetricsLog, end_trackers, require_trackers, start_trackers
 from selfsight.objectives.base import Loss
 from selfsight.optim import lr_at, move_average, set_rates, weight_decay_at
 from selfsight.peers import Peers
@@ -74,8 +74,8 @@ def pretrain(
     require_trackers(recipe.track)
     require_writable(recipe.run_dir)
     with ExitStack() as stack:
+        accelerator = join(recipe)  # a signal before this ends the process: there is nothing to save
         stop = stack.enter_context(StopRequest())
-        accelerator = join(recipe)
         main = accelerator.is_main_process
         peers = stack.enter_context(Peers(accelerator, recipe.train.timeout))
         if main:
@@ -84,11 +84,11 @@ def pretrain(
             parts = assemble(recipe, accelerator.device, allow_change)
             train(parts, accelerator, stop, peers)
         except RuntimeError as error:  # a collective fails so when a rank is gone
-            if lost := peers.who():
+            if lost := peers.who(error):
                 raise PeerLost(lost) from error
             raise
         peers.leave()  # the other ranks need not wait for the scores
-        accelerator.end_training()
+        end_trackers(accelerator)
         if not main:
             return {}
         stop.at_once()
@@ -108,7 +108,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     log = MetricsLog(folder / "metrics.jsonl", accelerator)
     saver = Saver(folder / "checkpoints", config.keep, config.keep_every, log.path)
     collapse, divergence = CollapseWatch(config.on_collapse == "stop", parts.past), DivergenceWatch(parts.past)
-    bad = BadSteps(folder, config.on_nonfinite == "stop", parts.past)
+    bad = BadSteps(folder, config.on_nonfinite == "stop", parts.past, parts.objective)
     online = OnlineKNN(recipe.eval, loader_workers(recipe)) if recipe.eval.train and main else None
     start_trackers(accelerator, folder.name, redact_tree(recipe.model_dump(mode="json")))
 
@@ -118,7 +118,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
             with meter.pause():
                 saver.save(step, parts.state(), parts.tensors(), wait)
 
-    data = Feeder(parts, accelerator, first, meter)
+    data = Feeder(parts, accelerator, first, meter, stop)
 
     def reasons() -> list[bool]:
         found = data.problem or saver.failed
@@ -135,6 +135,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
                     leave(folder, accelerator, step, steps, why, saver.failed or data.problem)
             peers.now(step, "learning")
             faultpoint("learn", step + 1)
+            bad.keep()
             losses = backward(hosts, partial(place, progress=step / steps))
             norm = gradient_norm(trained)
             faultpoint("learned", step + 1)
@@ -145,9 +146,8 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
             broken, *ending = agree(accelerator, [not finite, *reasons()])
             done, end = step + 1, ""
             if broken:
-                parts.objective.forget_step()
                 bad.record(done, rank, recipe.seed, used, losses, norm, parts.shards)
-                end = bad.leave_out(done)
+                end = bad.leave_out(done, quiet=not main)
             else:
                 update(parts, step, trained, norm)
             parts.optimizer.zero_grad()
@@ -173,10 +173,11 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
                 timing = meter.read(accelerator)
                 with meter.pause():
                     peers.now(done, "scoring")
-                    log.write(line | (online(parts.scored, device) if scoring and online else {}) | timing)
+                    log.write(line | (online.score(parts.scored, device) if scoring and online else {}) | timing)
             if end or done == 1 or due(done, config.save_every, steps):
                 save(done, wait=bool(end) or done in (1, steps))
             if end:
+                accelerator.wait_for_everyone()  # for the save
                 raise NumericError(end)
 
 
@@ -206,11 +207,11 @@ def leave(
         why: one of ENDINGS, which is raised.
         problem: what this rank knows of the reason.
     """
+    accelerator.wait_for_everyone()  # a rank that leaves early has the launcher end the one that saves
     if why in ENDINGS[3:]:
         raise problem or why("rank 0 cannot save; it says why")
     if why is Stopped and accelerator.is_main_process:
         write_atomically(folder / STOPPED, f"{done}\n")
-    accelerator.wait_for_everyone()  # a rank that leaves early has the launcher end the one that saves
     where = f"after step {done:,} of {steps:,}{', saved' if done else ''}; run the same command to go on"
     if why is Stopped:
         raise Stopped(f"stopped on request {where}")
@@ -223,11 +224,12 @@ class Feeder:
 
     Args:
         first: the step to begin with.
+        stop: once it is asked, nothing more is read.
     """
 
-    def __init__(self, parts: Parts, accelerator: Accelerator, first: int, meter: Meter) -> None:
+    def __init__(self, parts: Parts, accelerator: Accelerator, first: int, meter: Meter, stop: StopRequest) -> None:
         train = parts.recipe.train
-        self.steps, self.micros, self.meter = parts.steps, train.accumulate, meter
+        self.steps, self.micros, self.meter, self.stop = parts.steps, train.accumulate, meter, stop
         self.quarantine = Quarantine(parts.recipe.run_dir, accelerator.process_index, parts.recipe.data.bad_share)
         numbers = range(first * self.micros, self.steps * self.micros)
         batches = parts.batches(accelerator.process_index, accelerator.num_processes)
@@ -237,8 +239,8 @@ class Feeder:
         """Why there is nothing more."""
 
     def of_step(self, step: int) -> list[HostBatch]:
-        """The micro-batches of step `step` (from 0); none after the last one, or if there is a problem."""
-        if step >= self.steps:
+        """The micro-batches of step `step` (from 0); none after the last one, or if the run is about to end."""
+        if step >= self.steps or self.stop.asked:  # all ranks agree on it before they would need them
             return []
         try:
             with self.meter.waiting():
@@ -256,7 +258,7 @@ def resume(parts: Parts, accelerator: Accelerator) -> int:
     """Take the newest whole checkpoint's place, if there is one; the answer is the number of steps done."""
     folder = parts.recipe.run_dir
     newest, warnings = checkpoint.newest(folder / "checkpoints")
-    done = parts.restore(checkpoint.load(newest), str(folder)) if newest else 0
+    done = parts.restore(checkpoint.load(newest, verified=True), str(folder)) if newest else 0
     same_on_every_rank(
         accelerator, done, f"{folder}: the newest checkpoint (its folder must be one that all machines share)"
     )

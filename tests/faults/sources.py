@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from selfsight.data.loader import READING
 from selfsight.errors import DataError
 
 SAMPLES = 3  # of an item
@@ -55,6 +56,8 @@ class Source:
     condemned: Mapping[int, str] = field(default_factory=dict)
     report: Callable[[int], None] | None = None
     item_bytes: int = 4096
+    reading: bool = False
+    """Whether faults come while the bytes are read."""
 
     def without(self, condemned: Mapping[int, str]) -> "Source":
         return replace(self, condemned={**self.condemned, **condemned})
@@ -70,7 +73,7 @@ class Source:
         if sample in self.condemned:
             return -1
         if self.report:
-            self.report(sample)
+            self.report(READING if self.reading else sample)
         if sample in self.faults:
             with (self.folder / str(sample)).open("a") as file:
                 file.write(f"{os.getpid()}\n")

@@ -9,12 +9,14 @@ import pytest
 import torch
 from launch import Job, Launcher, words
 
+from selfsight.assemble import assemble
 from selfsight.backward import with_same_weights
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.metrics import TIMING
 from selfsight.objectives import build_objective, parse_objective
 from selfsight.objectives.across import Parts, gather, largest, ranks, total, tree_sum
+from selfsight.objectives.mae import MAE
 from selfsight.processes import join
 from selfsight.recipe import DataConfig, EncoderConfig, load
 from selfsight.run_folder import read_lines
@@ -93,6 +95,7 @@ def test_the_switch_of_the_command_line(launcher: Launcher, small_fields: dict[s
     [
         ({"train.deterministic": 6}, "is not a power of two"),
         ({"train.deterministic": 32}, "batch_size 8 does not split into 1 x 32 parts"),
+        ({"train.deterministic": 8, "train.compile": True}, "compiled blocks round in another way"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(small_fields: dict[str, Any], fields: dict[str, Any], told: str) -> None:
@@ -110,6 +113,18 @@ def test_sums_have_the_same_number_of_threads_everywhere(
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
+
+
+def test_running_statistics_are_refused(small_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = MAE.__init__
+
+    def with_norm(self: MAE, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.normed = torch.nn.BatchNorm1d(3)
+
+    monkeypatch.setattr(MAE, "__init__", with_norm)
+    with pytest.raises(UsageError, match=r"train.deterministic: .* has batch norms"):
+        assemble(load("digits/mae", small_fields | {"train.deterministic": 8}), torch.device("cpu"))
 
 
 def test_ranks_that_the_parts_do_not_split_over_are_refused(start: Start) -> None:

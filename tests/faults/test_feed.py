@@ -17,10 +17,10 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from selfsight.data import feed as feeding
 from selfsight.data.build import write_shards
 from selfsight.data.feed import affordable_workers, culprits, feed
-from selfsight.data.loader import Batches
+from selfsight.data.loader import READING, Batches
 from selfsight.data.shards import Shards
 from selfsight.data.views import View, ViewMaker
-from selfsight.errors import DataError
+from selfsight.errors import DataError, DataGone
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +177,13 @@ def test_a_trial_ends_with_the_item_or_with_the_sample(tmp_path: Path) -> None:
     assert culprits(Source(tmp_path, {5: killed}), 1, 5, tried) == {5: "crashes the decoder"}
 
 
+def test_storage_that_hangs_blames_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that is away is no fault of what lies on it."""
+    monkeypatch.setattr(feeding, "START", 12.0)  # a process must start in it
+    with pytest.raises(DataGone, match="batch 1: its samples could not be read within 12 s"):
+        culprits(Source(tmp_path, {4: hang}, reading=True), 1, 5, [])
+
+
 # -- shared memory
 
 
@@ -205,9 +212,13 @@ def test_too_little_shared_memory_means_no_workers(
         assert affordable_workers(2**20 + 1, 4, tmp_path) == 0
     said = capsys.readouterr().err
     assert said.startswith(
-        f"{tmp_path}: 9 MiB of shared memory are free, 4 loader workers need 9; reading without workers"
+        f"{tmp_path}: 9 MiB of shared memory are free, 4 loader workers a rank need 9; reading without workers"
     )
     assert said.count("\n") == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # ranks of one machine share it
+    with memory(monkeypatch, 9 * 2**20):
+        assert affordable_workers(2**20, 4, tmp_path) == 0
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert affordable_workers(2**60, 4, tmp_path / "nowhere") == 4
     with memory(monkeypatch, 4096) as asked:
         found = list(feed(Source(tmp_path), range(3), 2, False))
@@ -278,6 +289,8 @@ def test_watched_batches_report_each_sample_before_it_is_decoded(small_shards: P
     read = made.shards.read
     made.shards.read = lambda sample: order.append([sample]) or read(sample)  # type: ignore[method-assign]
     host = made[0]
-    assert order[0::2] == [sample for (sample,) in order[1::2]]
-    assert set(host.ids.tolist()) <= set(order[0::2])
-    assert host.bad[0].sample not in order[0::2]
+    decoded = order[2::3]
+    assert order[0::3] == [READING] * len(decoded)
+    assert [sample for (sample,) in order[1::3]] == decoded
+    assert set(host.ids.tolist()) <= set(decoded)
+    assert host.bad[0].sample not in decoded

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ from launch import Job
 
 from selfsight import checkpoint
 from selfsight.errors import StorageError, UsageError
-from selfsight.metrics import MetricsLog
-from selfsight.run_folder import LOCK, RunLock, is_dead, read_lines, require_writable, this_process
+from selfsight.ledger import Ledger
+from selfsight.metrics import MetricsLog, end_trackers, start_trackers
+from selfsight.objectives.base import Loss
+from selfsight.run_folder import LOCK, OWNER, RunLock, is_dead, read_lines, require_writable, this_process
 from selfsight.saver import FAILURES, Saver
 
 Start = Callable[..., Job]
@@ -122,6 +125,53 @@ def test_training_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.Mo
     assert checkpoint.load(tmp_path / "step-00000003").tensors["model"]["w"].tolist() == [2.0] * 3
 
 
+def test_a_step_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, weight = Saver(tmp_path, 2, None, tmp_path / "log"), torch.ones(3)
+    saver.save(4, {}, {"model": {"w": weight}}, wait=False)
+    monkeypatch.setattr(checkpoint, "save", lambda *_: pytest.fail("written again"))
+    saver.save(4, {}, {"model": {"w": weight}}, wait=True)
+    assert checkpoint.verify(tmp_path / "step-00000004") is None
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_whatever_goes_wrong_in_a_save_is_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wait: bool
+) -> None:
+    def broken(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(checkpoint, "save", broken)
+    saver = Saver(tmp_path, 2, None, tmp_path / "log")
+    if wait:
+        with pytest.raises(StorageError, match="step 3: MemoryError: no room"):
+            saver.save(3, {}, {"model": {"w": torch.ones(3)}}, wait=True)
+    else:
+        saver.save(3, {}, {"model": {"w": torch.ones(3)}}, wait=False)
+        saver.finish()
+        assert "training goes on (1 of 3 failures in a row)" in capsys.readouterr().err
+
+
+def test_a_run_whose_last_save_fails_is_not_done(start: Start, tmp_path: Path) -> None:
+    job = start(1, "save.write error step=6")
+    assert job.wait(60) == [74], job.told()
+    assert "injected at save.write" in job.told()
+    assert not (tmp_path / "run" / "encoder").exists()
+    assert start(1).wait(60) == [0]
+
+
+def test_a_disk_that_is_away_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the run would go back, and the next save would remove the newest."""
+    for step in (3, 6):
+        checkpoint.save(tmp_path, step, {}, {"model": {"w": torch.ones(3)}}, keep=2)
+
+    def away(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "digest", away)
+    with pytest.raises(StorageError, match=r"step-00000006: cannot be read \(Input/output error\)"):
+        checkpoint.newest(tmp_path)
+
+
 def test_a_milestone_is_waited_for(tmp_path: Path) -> None:
     saver = Saver(tmp_path, 2, 10, tmp_path / "log")
     for step in (10, 20, 30, 40):
@@ -153,6 +203,53 @@ def test_a_tracker_that_fails_does_not_stop_training(
     assert [line["step"] for line in read_lines(log.path)] == [1, 2]
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("a tracker failed (ConnectionError: no route to host)") == 1
+
+
+def test_trackers_that_cannot_start_or_finish_do_not_stop_training(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator, left = Accelerator(cpu=True), []
+
+    def down(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(accelerator, "init_trackers", down)
+    start_trackers(accelerator, "project", {})
+    monkeypatch.setattr(accelerator, "trackers", [SimpleNamespace(finish=down)])
+    monkeypatch.setattr(type(accelerator.state), "destroy_process_group", lambda self: left.append(1), raising=False)
+    end_trackers(accelerator)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the trackers cannot start (ConnectionError: no route to host)" in told
+    assert "a tracker could not finish (ConnectionError: no route to host)" in told
+    assert left == [1]
+
+
+def test_labelled_data_that_fail_leave_out_the_score_and_not_the_training(
+    start: Start, small_shards: Path, tmp_path: Path
+) -> None:
+    data = copy_of(small_shards, tmp_path / "labelled")
+    shard = sorted(data.glob("*.tar"))[0]
+    body = bytearray(shard.read_bytes())
+    place = body.index(b"\x89PNG") + 60
+    body[place] ^= 1
+    shard.write_bytes(body)
+    job = start(2, fields={"eval.train": data, "eval.k": "[5]", "eval.every": 2})
+    assert job.wait(60) == [0, 0], job.told()
+    assert "warning: the online score is left out: small-000000.tar@" in job.told(0)
+    assert not any("knn" in line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_a_ledger_that_cannot_be_written_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFSIGHT_LEDGER", "1")
+    ledger = Ledger(tmp_path, 0)
+    assert ledger.path is not None
+    ledger.path.unlink()
+    ledger.path.mkdir()
+    loss = [Loss(torch.tensor(1.0), {})]
+    ledger.write(1, [], loss, torch.tensor(1.0), torch.nn.Linear(1, 1))
+    assert ledger.path is None
 
 
 def test_a_file_may_grow_no_more(tmp_path: Path) -> None:
@@ -203,15 +300,15 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(folder: Path, **changes: Any) -> None:
-    (folder / LOCK).write_text(json.dumps(this_process() | changes))
+    (folder / OWNER).write_text(json.dumps(this_process() | changes))
 
 
 def test_without_locks_the_file_is_the_lock(tmp_path: Path, no_locks: None) -> None:
     with RunLock(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text()) == this_process()
+        assert json.loads((tmp_path / OWNER).read_text()) == this_process()
         with pytest.raises(UsageError, match=f"in use by process {os.getpid()} on"), RunLock(tmp_path):
             pass
-    assert not (tmp_path / LOCK).exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -222,7 +319,7 @@ def test_without_locks_the_file_is_the_lock(tmp_path: Path, no_locks: None) -> N
 def test_without_locks_the_provably_dead_are_followed(tmp_path: Path, no_locks: None, changes: dict[str, Any]) -> None:
     written(tmp_path, **changes)
     with RunLock(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
 
 
 def test_without_locks_one_of_another_machine_is_never_dead(tmp_path: Path, no_locks: None) -> None:
@@ -231,6 +328,25 @@ def test_without_locks_one_of_another_machine_is_never_dead(tmp_path: Path, no_l
         pass
     assert not is_dead({"host": "elsewhere"})
     assert is_dead({"host": socket.gethostname(), "boot": this_process()["boot"]})
+
+
+def test_without_locks_only_one_of_many_gets_the_folder(tmp_path: Path) -> None:
+    """Eight processes at once, over the file of a dead owner."""
+    written(tmp_path, boot="another")
+    code = (
+        "import errno, fcntl, sys; from pathlib import Path; from selfsight.run_folder import RunLock; from selfsight.errors import UsageError\n"
+        "def flock(*_): raise OSError(errno.ENOSYS, 'no locks')\nfcntl.flock = flock\n"
+        f"try:\n with RunLock(Path({str(tmp_path)!r})): print('in', flush=True); sys.stdin.read()\nexcept UsageError: print('out')"
+    )
+    many = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    told = [process.stdout.readline().strip() for process in many if process.stdout]
+    for process in many:
+        process.communicate(timeout=20)
+    assert sorted(told) == ["in"] + ["out"] * 7
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_failures_of_a_lock_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from selfsight import checkpoint
 from selfsight.divergence import PATIENCE, WARM, DivergenceWatch
 from selfsight.errors import NumericError
 from selfsight.finite import MOST, WINDOW, BadSteps
+from selfsight.objectives.base import Objective
 from selfsight.objectives.dino import DINO
 from selfsight.objectives.mae import MAE
+from selfsight.objectives.vicreg import VICReg
 from selfsight.past import Past
 from selfsight.recipe import load
 from selfsight.run_folder import read_lines
@@ -113,13 +116,61 @@ def test_more_than_a_few_end_the_run(small_fields: Fields, monkeypatch: pytest.M
         pretrain("digits/mae", small_fields | {"train.steps": 12})
 
 
-def test_bad_steps_long_ago_are_forgotten(tmp_path: Path) -> None:
+class Normed(Objective):
+    """Has running statistics, as some backbones do."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.norm = torch.nn.BatchNorm1d(3)
+
+
+def test_bad_steps_long_ago_are_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     past = Past()
-    bad = BadSteps(tmp_path, False, past)
+    bad = BadSteps(tmp_path, False, past, Normed())
+    bad.keep()
     for step in range(1, 20):
-        assert bad.leave_out(step * (WINDOW // MOST + 1)) == ""
+        assert bad.leave_out(step * (WINDOW // MOST + 1), quiet=step > 1) == ""
     assert len(past.left_out) == 19
-    assert BadSteps(tmp_path, True, Past()).leave_out(5).startswith("step 5: ")
+    assert "it is left out (1 of 3 in 100 steps)" in " ".join(capsys.readouterr().err.split())
+    stopped = BadSteps(tmp_path, True, Past(), Normed())
+    stopped.keep()
+    assert stopped.leave_out(5, quiet=True).startswith("step 5: ")
+
+
+def test_running_statistics_are_as_if_a_bad_step_had_not_been(tmp_path: Path) -> None:
+    objective = Normed()
+    bad = BadSteps(tmp_path, False, Past(), objective)
+    objective.norm(torch.randn(4, 3))
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    bad.keep()
+    objective.norm(torch.full((4, 3), float("nan")))
+    assert objective.norm.running_mean is not None and objective.norm.running_mean.isnan().all()
+    bad.leave_out(2, quiet=True)
+    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
+
+
+def test_vectors_that_are_not_finite_are_left_out_too(small_fields: Fields, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is watched for collapse comes of the same forward pass as the loss."""
+    forward = VICReg.forward
+
+    def poisoned(self: VICReg, batch: Any) -> Any:
+        if 16 in batch.positions:
+            batch = replace(batch, views=tuple(view * float("nan") for view in batch.views))
+        return forward(self, batch)
+
+    monkeypatch.setattr(VICReg, "forward", poisoned)
+    fields = {key: value for key, value in small_fields.items() if "decoder" not in key}
+    pretrain("digits/vicreg", fields | {"objective.expander_width": 16})
+    lines = read_lines(Path(small_fields["run_dir"]) / "metrics.jsonl")
+    assert [line.get("left_out") for line in lines] == [None, None, 1, None, None, None]
+    assert ["watch/embedding/std" in line for line in lines] == [True, True, False, True, True, True]
+
+
+def test_all_ranks_wait_for_the_last_save_of_a_run_that_ends_so(start: Start, tmp_path: Path) -> None:
+    fields = {"train.steps": 8, "train.on_nonfinite": "stop", **POISONED}
+    job = start(2, "save.copy sleep=4 step=3", fields, environment={"POISON": "20"})
+    assert job.wait(60) == [70, 70], job.told()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 3
 
 
 def test_a_resumed_run_leaves_out_the_same_step(start: Start, tmp_path: Path) -> None:

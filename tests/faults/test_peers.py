@@ -3,15 +3,18 @@
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import Job
+from launch import Job, free_port
 
+import selfsight as package
 from selfsight import checkpoint
-from selfsight.peers import Line
+from selfsight.peers import Line, _server
+from selfsight.processes import sources
 from selfsight.run_folder import read_lines
 
 Start = Callable[..., Job]
@@ -166,3 +169,63 @@ def test_what_no_rank_says_is_a_line_that_is_lost() -> None:
     assert ours.receive() is None
     for line in (ours, theirs):
         line.connection.close()
+
+
+def test_a_rank_may_be_slow_with_its_first_words() -> None:
+    ours, theirs = (Line(end) for end in socket.socketpair())
+    speaking = threading.Timer(1.5, theirs.send, [{"rank": 1, "word": 7}])
+    speaking.start()
+    assert ours.first(10) == {"rank": 1, "word": 7}
+    assert ours.first(0.1) == {}
+    theirs.connection.close()
+    assert ours.first(10) == {}
+    ours.connection.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_ranks_of_one_machine_are_not_reached_from_others(host: str) -> None:
+    with _server(host, 2) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_signal_while_ranks_find_each_other_ends_at_once(start: Start) -> None:
+    job = start(1, fields={"train.batch_size": 8}, environment={"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})  # fmt: skip
+    time.sleep(1)
+    job.signal(0, signal.SIGTERM)
+    assert job.wait(10) == [-signal.SIGTERM]
+
+
+def test_a_second_signal_is_heard_inside_a_collective(start: Start) -> None:
+    """The other rank is frozen, so that the main thread hangs where Python's own handlers are never run."""
+    job = start(2, "learn stop rank=1 step=4")
+    time.sleep(2)
+    for _ in range(2):
+        job.signal(0, signal.SIGTERM)
+        time.sleep(0.3)
+    assert job.wait(10, but=[1])[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', which is no number"),
+        ({"WORLD_SIZE": "2"}, "use launch.sh or torchrun"),
+    ],
+)
+def test_half_an_environment_is_said(start: Start, environment: dict[str, str], told: str) -> None:
+    job = start(1, environment=environment)
+    assert job.wait(20) == [2]
+    assert told in job.told()
+    assert "Traceback" not in job.told()
+
+
+def test_sources_are_those_of_linked_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout, data and eval are links."""
+    for name in ("package", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "order.py").write_text("ROUNDS = 12")
+    (tmp_path / "package" / "data").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(package, "__path__", [str(tmp_path / "package")])
+    before = sources()
+    (tmp_path / "elsewhere" / "order.py").write_text("ROUNDS = 11")
+    assert sources() != before

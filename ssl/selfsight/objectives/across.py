@@ -72,10 +72,13 @@ class Parts:
         self.turns = [threading.Semaphore(0) for _ in range(count)]
         self.brought: list[Any] = [None] * count
         self.broken: BaseException | None = None
+        self.device: int | None = None
 
     def run(self, functions: Sequence[Callable[[], T]]) -> list[T]:
         """What each function returns; the first exception of any, if there was one."""
         results: list[Any] = [None] * self.count
+        if torch.cuda.is_initialized():
+            self.device = torch.cuda.current_device()
         threads = [threading.Thread(target=self._take_part, args=(i, functions[i], results)) for i in range(self.count)]
         for thread in threads:
             thread.start()
@@ -89,6 +92,8 @@ class Parts:
     def _take_part(self, part: int, function: Callable[[], T], results: list[T]) -> None:
         self.turns[part].acquire()
         _part.group, _part.number = self, part
+        if self.device is not None:
+            torch.cuda.set_device(self.device)  # each thread has its own, the first one unless told
         try:
             if self.broken is None:
                 results[part] = function()

@@ -396,22 +396,36 @@ def test_repeats_are_one_request_and_a_later_signal_ends_it(monkeypatch: pytest.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun's")
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "_exit", ended.append)
-    with StopRequest() as stop:
-        for later in (0.0, 0.05, 4.0):
-            now[0] = 100.0 + later
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked
-        assert ended == []
-        now[0] = 106.0
-        os.kill(os.getpid(), signal.SIGINT)
-        assert ended == [75]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    stop = StopRequest()
+    for later in (0.0, 0.05, 4.0):
+        now[0] = 100.0 + later
+        stop.hear()
+    assert (stop.asked, ended) == (True, [])
+    now[0] = 106.0
+    stop.hear()
+    assert ended == [75]
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    with StopRequest() as stop:  # nobody repeats here
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert (stop.asked, ended) == (True, [75])
+    stop = StopRequest()  # nobody repeats here
+    stop.hear()
+    assert (stop.asked, ended) == (True, [75])
+    stop.hear()
+    assert ended == [75, 75]
+
+
+def test_a_signal_is_heard_and_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.asked
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert ended == [75, 75]
+        for _ in range(500):
+            if stop.asked:
+                break
+            time.sleep(0.01)
+        assert stop.asked
+        with pytest.raises(Stopped, match="training is done and saved"):
+            stop.at_once()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_recipe_takes_no_overrides(small_fields: Fields) -> None:

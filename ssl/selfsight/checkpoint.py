@@ -65,7 +65,6 @@ def save(
         if final.exists():  # a future that a crash damaged
             final.rename(aside)
         draft.rename(final)
-        shutil.rmtree(aside, ignore_errors=True)
         faultpoint("save.renamed", step)
         sync(folder)
     except (OSError, SafetensorError) as error:
@@ -74,6 +73,8 @@ def save(
         raise StorageError(
             f"{final}: the checkpoint could not be written ({reason}); older ones are untouched"
         ) from None
+    if aside.exists():
+        shutil.rmtree(aside, ignore_errors=True)
     # What stands above this step is a future that a crash damaged: it must not count among the kept.
     for later in [other for other in steps(folder) if other > step]:
         shutil.rmtree(folder / f"step-{later:08d}", ignore_errors=True)

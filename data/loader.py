@@ -201,11 +201,11 @@ def end_with_parent(worker: int = 0) -> None:
     """Leave stopping to the training process, and end when it is gone, however it went.
 
     A terminal, torchrun or a cluster signals every process of a group, but the trainer still needs the batches of its
-    last step: so workers leave the group, and take no signal for theirs.
+    last step: so workers leave the group. SIGTERM itself stays as it is: whoever ends its workers by it would wait for ever.
     DataLoader's own watchdog looks at the parent's number, which is the fork server's and outlives the trainer.
     """
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

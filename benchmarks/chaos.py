@@ -199,9 +199,10 @@ class Histories:
             died = -9 in codes
             done += died
             inside = died and (fault.startswith("save") or any((folder / "checkpoints").glob(".draft-*")))
-            self.found.update(
-                kills=int(died), kills_inside_saves=int(inside), surprises=int(not {*codes} <= {0, -9, 76})
-            )
+            surprise = not {*codes} <= {0, -9, 76}
+            if surprise:
+                print(f"{objective}, {world} ranks, {fault or 'timed'}: {codes}\n{job.told()}", file=sys.stderr)
+            self.found.update(kills=int(died), kills_inside_saves=int(inside), surprises=int(surprise))
             if all(code == 0 for code in codes):
                 break
         last = self.launcher.start(command, world)

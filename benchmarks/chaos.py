@@ -281,7 +281,7 @@ def main() -> None:
     """Print what was tried and what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--elastic", type=int, default=2, help="elastic histories of each objective (default: 2)")
+    parser.add_argument("--elastic", type=int, default=1, help="elastic histories of each objective (default: 1)")
     parser.add_argument("--flips", type=int, default=10_000)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--json", action="store_true", help="print one object")

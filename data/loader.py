@@ -174,7 +174,7 @@ def forkserver() -> Any:
     The server imports torch once for all workers.
     """
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["selfsight.data.loader"])
+    context.set_forkserver_preload(["selfsight.data.fork_server"])
     return context
 
 
@@ -205,6 +205,7 @@ def end_with_parent(worker: int = 0) -> None:
     DataLoader's own watchdog looks at the parent's number, which is the fork server's and outlives the trainer.
     """
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the fork server ignores it
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -294,3 +296,26 @@ def test_watched_batches_report_each_sample_before_it_is_decoded(small_shards: P
     assert [sample for (sample,) in order[1::3]] == decoded
     assert set(host.ids.tolist()) <= set(decoded)
     assert host.bad[0].sample not in decoded
+
+
+def test_the_fork_server_outlives_what_is_meant_for_the_trainer(tmp_path: Path) -> None:
+    """A signal to the whole group, as terminals and clusters send it: workers are still known to live, and end in silence."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "if __name__ == '__main__':\n"
+        "    from sources import Source; from selfsight.data.feed import feed\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    items = feed(Source(Path(sys.argv[2])), range(1000), 1, False)\n"
+        "    next(items); os.killpg(0, signal.SIGTERM)\n"
+        "    for _ in range(20): next(items)\n"
+        "    items.close(); print('closed')"
+    )
+    (tmp_path / "main.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "main.py", Path(__file__).parent, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        start_new_session=True,
+    )
+    assert (done.stdout, done.stderr) == ("closed\n", "")

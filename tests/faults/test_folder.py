@@ -128,6 +128,7 @@ def test_training_waits_for_the_copy_only(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_step_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver, weight = Saver(tmp_path, 2, None, tmp_path / "log"), torch.ones(3)
     saver.save(4, {}, {"model": {"w": weight}}, wait=False)
+    saver.finish()
     monkeypatch.setattr(checkpoint, "save", lambda *_: pytest.fail("written again"))
     saver.save(4, {}, {"model": {"w": weight}}, wait=True)
     assert checkpoint.verify(tmp_path / "step-00000004") is None

@@ -304,7 +304,7 @@ def test_the_fork_server_outlives_what_is_meant_for_the_trainer(tmp_path: Path) 
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "if __name__ == '__main__':\n"
         "    from sources import Source; from selfsight.data.feed import feed\n"
-        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "    items = feed(Source(Path(sys.argv[2])), range(1000), 1, False)\n"
         "    next(items); os.killpg(0, signal.SIGTERM)\n"
         "    for _ in range(20): next(items)\n"

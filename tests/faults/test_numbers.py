@@ -272,6 +272,7 @@ def test_a_loss_far_above_that_of_untrained_weights_is_said(capsys: pytest.Captu
 def test_a_rate_a_hundred_times_too_high_raises_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A recipe as it is shipped; at its own rate nothing is said."""
     fields = {"train.steps": 30, "train.epochs": None, "train.workers": 0, "eval.train": None, "eval.test": None}
+    fields |= {"train.batch_size": 32}
     own = load("digits/rotation", fields | {"run_dir": "x"}).optim.lr
     for factor in (1, 100):
         pretrain("digits/rotation", fields | {"run_dir": str(tmp_path / str(factor)), "optim.lr": factor * own})

@@ -118,14 +118,14 @@ class Parts:
         # Fields that are younger than the checkpoint had, when it was written, what is their default now.
         younger = self.fingerprint(validate(saved.state["recipe"], where))
         other = differences(merge(younger, saved.state["fingerprint"]), self.fingerprint())
-        refused = [told for key, told in other.items() if not key.startswith(self.allow_change or ("\0",))]
+        refused = [told for key, told in other.items() if not key.startswith(self.allow_change)]
         if refused:
             raise UsageError(
                 f"{where}: is the run of another recipe: {'; '.join(refused)}\n"
                 "choose another --run_dir, give the recipe as it was (it is in the run folder), or accept it with --allow-change KEY"
             )
         self.notes = [f"goes on with a change: {told}" for told in other.values()]
-        versions = differences(saved.state.get("libraries", {}), libraries()) if "libraries" in saved.state else {}
+        versions = differences(saved.state.get("libraries", libraries()), libraries())
         self.notes += [f"warning: {told}: results may differ in the last bits" for told in versions.values()]
         self.past.restore(saved.state.get("past", {}))
         step: int = saved.state["step"]

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from selfsight.errors import PeerLost, SelfsightError, Stopped
 from selfsight.redact import redact
 
+ADVICE = "; the last checkpoint is whole: start all ranks again, with the same command"
 SAVER = "checkpoint"  # name of the thread that writes checkpoints
 BEAT = 0.25  # seconds between signs of life
 GRACE = 2.0  # seconds that a rank has to end by itself, once it knows, before it is ended
@@ -141,7 +142,8 @@ class Peers:
             return ""
         of_collective = isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
         self.known.wait(LONG_NEWS if of_collective else NEWS)  # rank 0 passes it on, and may be busy
-        return self.lost or (f"a collective failed ({str(error).splitlines()[0]})" if of_collective else "")
+        lost = self.lost or (f"a collective failed ({str(error).splitlines()[0]})" if of_collective else "")
+        return lost and lost + ADVICE
 
     def _connect(self) -> None:
         """Every rank with rank 0, whose port is made known by a collective, with a number that no stranger has."""
@@ -236,8 +238,7 @@ class Peers:
     def _lose(self, what: str) -> None:
         if self.lost:
             return
-        advice = "; the last checkpoint is whole: start all ranks again, with the same command"
-        self.lost = what if what.endswith(advice) else what + advice
+        self.lost = what
         for line in self.lines.values():
             line.send({"lost": self.lost})
         self.known.set()
@@ -248,5 +249,5 @@ class Peers:
             for thread in threading.enumerate():
                 if thread.name == SAVER:
                     thread.join()
-            print(redact(f"selfsight: {self.lost}"), file=sys.stderr, flush=True)
+            print(redact(f"selfsight: {self.lost}{ADVICE}"), file=sys.stderr, flush=True)
             os._exit(PeerLost.exit_code)

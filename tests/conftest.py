@@ -69,6 +69,22 @@ def small_fields(small_shards: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def contend(folder: Path, count: int, before: str = "") -> list[str]:
+    """What so many processes at once are told that want the lock of a run folder: "in" or "out". `before` runs in each."""
+    code = (
+        f"import sys; from pathlib import Path; from selfsight.run_folder import RunLock; from selfsight.errors import UsageError\n{before}\n"
+        f"try:\n with RunLock(Path({str(folder)!r})): print('in', flush=True); sys.stdin.read()\nexcept UsageError: print('out')"
+    )
+    many = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    told = [process.stdout.readline().strip() for process in many if process.stdout]
+    for process in many:
+        process.communicate(timeout=20)
+    return sorted(told)
+
+
 @pytest.fixture
 def unchecked_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare each run the process that looks at its export; test_export and the command's own tests have it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import contend
 
 from selfsight import checkpoint
 from selfsight.errors import StorageError, UsageError
@@ -175,18 +176,7 @@ def test_a_living_owner_keeps_the_folder(tmp_path: Path) -> None:
 def test_only_one_of_many_gets_the_folder(tmp_path: Path) -> None:
     """Twelve processes at once, over the lock of a dead owner: one is in, the others are told."""
     (tmp_path / LOCK).write_text("")
-    code = (
-        "import sys, time; from pathlib import Path; from selfsight.run_folder import RunLock; from selfsight.errors import UsageError\n"
-        f"try:\n with RunLock(Path({str(tmp_path)!r})): print('in', flush=True); sys.stdin.read()\nexcept UsageError: print('out')"
-    )
-    many = [
-        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(12)
-    ]
-    told = [process.stdout.readline().strip() for process in many if process.stdout]
-    for process in many:
-        process.communicate()
-    assert sorted(told) == ["in"] + ["out"] * 11
+    assert contend(tmp_path, 12) == ["in"] + ["out"] * 11
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

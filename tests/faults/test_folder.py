@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import contend
 from launch import Job
 
 from selfsight import checkpoint
@@ -334,19 +335,8 @@ def test_without_locks_one_of_another_machine_is_never_dead(tmp_path: Path, no_l
 def test_without_locks_only_one_of_many_gets_the_folder(tmp_path: Path) -> None:
     """Eight processes at once, over the file of a dead owner."""
     written(tmp_path, boot="another")
-    code = (
-        "import errno, fcntl, sys; from pathlib import Path; from selfsight.run_folder import RunLock; from selfsight.errors import UsageError\n"
-        "def flock(*_): raise OSError(errno.ENOSYS, 'no locks')\nfcntl.flock = flock\n"
-        f"try:\n with RunLock(Path({str(tmp_path)!r})): print('in', flush=True); sys.stdin.read()\nexcept UsageError: print('out')"
-    )
-    many = [
-        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(8)
-    ]
-    told = [process.stdout.readline().strip() for process in many if process.stdout]
-    for process in many:
-        process.communicate(timeout=20)
-    assert sorted(told) == ["in"] + ["out"] * 7
+    none = "import errno, fcntl\ndef flock(*_): raise OSError(errno.ENOSYS, 'no locks')\nfcntl.flock = flock"
+    assert contend(tmp_path, 8, none) == ["in"] + ["out"] * 7
     assert list(tmp_path.iterdir()) == []
 
 

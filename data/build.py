@@ -18,7 +18,7 @@ import webdataset as wds
 from PIL import Image
 
 from selfsight.data import digits
-from selfsight.data.decode import decode, open_image
+from selfsight.data.decode import open_image, pillow_image
 from selfsight.data.index import IMAGE_SUFFIXES, UNLABELLED, build_index
 from selfsight.data.shards import Shards, find_shards
 from selfsight.errors import DataError, StorageError, UsageError
@@ -160,14 +160,14 @@ def write_shards(
 
 def _encode(image: Image.Image | bytes, encoding: Encoding) -> tuple[str, bytes]:
     """Suffix and bytes. Bytes that came encoded stay as they are unless a change is asked for; what is encoded anew has
-    8 bits, grey or RGB, by the conversion that training uses (`decode`)."""
+    8 bits, grey or RGB, by the conversion that training uses (`pillow_image`)."""
     stored = "PNG"
     if isinstance(image, bytes):
         opened = open_image(image)
         stored = FORM_OF.get(opened.format or "", opened.format or "PNG")
         if not encoding.changes:
             return SUFFIX_OF[stored], image
-        image = decode(image, 1 if opened.mode in {"1", "L"} or opened.mode.startswith("I;16") else 3)
+        image = pillow_image(image, "L" if opened.mode in {"1", "L"} or opened.mode.startswith("I;16") else "RGB")
     if encoding.short_side and min(image.size) > encoding.short_side:
         scale = encoding.short_side / min(image.size)
         width, height = (max(encoding.short_side, round(side * scale)) for side in image.size)

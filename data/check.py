@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from selfsight.console import say, table
-from selfsight.data.decode import decode, open_image
+from selfsight.data.decode import Form, decode, open_image
 from selfsight.data.index import label_histogram, read_index, scan
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError
@@ -29,7 +29,7 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None) -> dict[st
         try:
             body = shards.read(i)
             image = open_image(body)
-            decode(body, 3)
+            decode(body, Form(3))
             kinds[f"{image.format} {image.mode}"] += 1
             sizes.append(image.size)
             same[sha256(body).digest()].append(i)

@@ -22,11 +22,13 @@ Draws = NDArray[np.float64]
 
 
 def change_colour(pixels: Tensor, view: View, draws: Draws) -> Tensor:
-    """The colour of a batch of views, pixels (B, C, H, W) in 0..1, from B rows of `DRAWS` uniform numbers.
+    """The colour of a batch of views, pixels (B, C, H, W) or (B, C, D, H, W) in 0..1, from B rows of `DRAWS` uniform numbers.
 
-    What asks for three channels (saturation, hue, greyscale) leaves images of another number as they are.
+    What asks for three channels (saturation, hue, greyscale) leaves images of another number as they are. All planes of a
+    clip or volume get the same change, with the contrast of the whole.
     """
-    coloured = pixels.shape[1] == 3
+    shape, coloured = pixels.shape, pixels.shape[1] == 3
+    pixels = pixels.flatten(2, -2)
     jittered = draws[:, 0] < view.jitter
     for column, strength, change in (
         (1, view.brightness, adjust_brightness),
@@ -40,10 +42,12 @@ def change_colour(pixels: Tensor, view: View, draws: Draws) -> Tensor:
     if coloured:
         pixels = _where(draws[:, 5] < view.grayscale, pixels, lambda some: to_gray(some).expand_as(some))
     low, high = view.blur_sigma
+    pixels = pixels.view(len(pixels), -1, *shape[-2:])  # planes side by side, where none is blurred into the next
     pixels = _where(
         draws[:, 6] < view.blur, pixels, partial(gaussian_blur, most=high), low + (high - low) * draws[:, 7]
     )
-    return _where(draws[:, 8] < view.solarize, pixels, lambda some: torch.where(some < 0.5, some, 1 - some))
+    pixels = _where(draws[:, 8] < view.solarize, pixels, lambda some: torch.where(some < 0.5, some, 1 - some))
+    return pixels.view(shape)
 
 
 def _where(

@@ -3,20 +3,23 @@
 | what is stored                    | what comes out                                                             |
 |-----------------------------------|----------------------------------------------------------------------------|
 | EXIF orientation                  | applied                                                                    |
-| 16-bit grey                       | scaled to 8 bits (value / 257), never clipped                              |
-| 16-bit colour                     | Pillow's upper 8 bits                                                      |
+| 16-bit grey                       | depth 8: value / 257, or data.range spread over 8 bits, never clipped else |
+| 16-bit colour                     | depth 8: Pillow's upper 8 bits                                             |
+| 8 bits, depth 16                  | value x 257                                                                |
 | 1-bit, palette, CMYK, YCbCr, Lab  | Pillow's conversion to RGB (or grey, when one channel is asked for)        |
 | transparency                      | composed over white                                                        |
 | grey asked as RGB                 | the same value in the three channels                                       |
-| several frames                    | the first                                                                  |
-| 32-bit integer or float           | refused: the range is unknown                                              |
+| several frames in one file        | the first                                                                  |
+| 32-bit integer or float           | depth 32: as it is; refused at 8 bits: the range is unknown                |
 | more than 50 million pixels       | refused from the header, before a pixel is decoded                         |
 | truncated or unknown              | refused                                                                    |
 """
 
 from io import BytesIO
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from selfsight.errors import DataError, UsageError
@@ -24,11 +27,38 @@ from selfsight.errors import DataError, UsageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MAX_PIXELS = 50_000_000
 MODES = {1: "L", 3: "RGB"}
+DTYPES = {8: np.uint8, 16: np.uint16, 32: np.float32}
+Pixels = NDArray[Any]  # (C, H, W), or (C, D, H, W) with D planes; uint8, uint16 or float32; strides as it comes
 _ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 
 
 class BadSample(DataError):
     """One sample that cannot be used; training takes a substitute. Any other DataError ends the run."""
+
+
+class Form(NamedTuple):
+    """What a decoded image is to be."""
+
+    channels: int
+    depth: int = 8
+    """Bits of a value: 8 and 16 are unsigned integers, 32 is floating point."""
+    range: tuple[float, float] | None = None
+    """Stored values that become 0 and the largest; None: those of the depth."""
+    frames: int = 1
+    """Planes that the encoder takes at once; 1: a plain image."""
+
+
+def value_range(form: Form) -> tuple[float, float]:
+    """Decoded values that become 0 and 1. At 8 bits a range was applied by `decode` already.
+
+    Raises:
+        UsageError: floating point without a range.
+    """
+    if form.depth == 8 or form.range is None:
+        if form.depth == 32:
+            raise UsageError("data.depth: 32 needs data.range, the values that become 0 and 1")
+        return 0.0, float(2**form.depth - 1)
+    return form.range
 
 
 def open_image(body: bytes) -> Image.Image:
@@ -50,19 +80,32 @@ def open_image(body: bytes) -> Image.Image:
     return image
 
 
-def decode(body: bytes, channels: int) -> Image.Image:
-    """An upright 8-bit image of 1 ("L") or 3 ("RGB") channels.
+def decode(body: bytes, form: Form) -> Pixels:
+    """The upright image in `body`: (C, H, W) of the form's depth.
 
     Raises:
-        BadSample: bytes that are not one whole image of a kind in the table above.
+        BadSample: bytes that are not one whole image of a kind in the table above, or of other channels.
     """
-    if channels not in MODES:
-        raise UsageError(f"encoder.channels: {channels}; images are read with 1 or 3 channels")
+    if form.channels not in MODES:
+        raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels}")
+    pixels = np.asarray(pillow_image(body, MODES[form.channels]))
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if form.depth == 8:
+        return pixels
+    return pixels.astype(DTYPES[form.depth]) * DTYPES[form.depth](257 if form.depth == 16 else 1)
+
+
+def pillow_image(body: bytes, mode: str) -> Image.Image:
+    """The upright 8-bit image, grey ("L") or "RGB".
+
+    Raises:
+        BadSample: as `decode`.
+    """
     image = open_image(body)
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-        return _to_mode(image, MODES[channels])
+        return _to_mode(image, mode)
     except BadSample:
         raise
     except Exception as error:  # noqa: BLE001 - hostile bytes make decoders raise anything (struct.error, OverflowError, ...)

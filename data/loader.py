@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfsight import keyed
 from selfsight.data.colour import DRAWS, change_colour
-from selfsight.data.decode import BadSample, decode
+from selfsight.data.crops import ViewMaker
+from selfsight.data.decode import BadSample, Form, Pixels
 from selfsight.data.order import rank_positions, sample_ids
+from selfsight.data.picture import Picture
 from selfsight.data.shards import Shards
-from selfsight.data.views import View, ViewMaker
+from selfsight.data.views import View
 from selfsight.errors import DataError
 
 ROWS = 256  # of a stored teacher that are made at once
@@ -46,7 +47,7 @@ class HostBatch(NamedTuple):
     """What a loader worker makes: B images in V views, on the CPU."""
 
     views: tuple[Tensor, ...]
-    """V tensors (B, C, S, S) uint8."""
+    """V tensors (B, C, S, S) or (B, C, D, S, S); uint8, uint16 or float32."""
     positions: Tensor
     """(B,) positions in the run, int64."""
     keys: Tensor
@@ -64,13 +65,15 @@ class Batches(Dataset[HostBatch]):
     shards: Shards
     makers: tuple[ViewMaker, ...]
     seed: int
-    channels: int
+    form: Form
     batch_size: int
     rank: int = 0
     world: int = 1
     accumulate: int = 1
     augmentations: int | None = None
     """So many augmentations of each sample, one an epoch in turn; None: every epoch has its own."""
+    step: int = 1
+    """Planes between the planes of a window."""
     condemned: Mapping[int, str] = field(default_factory=dict)
     """Samples that took down whoever decoded them, and how: bad without being read."""
     report: Callable[[int], None] | None = None
@@ -78,9 +81,10 @@ class Batches(Dataset[HostBatch]):
 
     @property
     def item_bytes(self) -> int:
-        """Pixels of one micro-batch."""
+        """Bytes of the views of one micro-batch."""
         images = self.batch_size // self.world // self.accumulate
-        return images * self.channels * sum(maker.size**2 for maker in self.makers)
+        values = self.form.channels * self.form.frames * sum(maker.size**2 for maker in self.makers)
+        return images * values * self.form.depth // 8
 
     def without(self, condemned: Mapping[int, str]) -> "Batches":
         """The same batches, these samples replaced as any bad sample is."""
@@ -104,44 +108,52 @@ class Batches(Dataset[HostBatch]):
         draws = [maker.draws(keys) for maker in self.makers]
         shifts = [maker.shifts(keys) for maker in self.makers]
         bad: list[Bad] = []
-        made: list[list[np.ndarray]] = []
-        for slot, position in enumerate(positions):
-            image, ids[slot] = self._image(int(position), int(keys[slot]), int(ids[slot]), bad)
-            views = []
-            for maker, draw, shift in zip(self.makers, draws, shifts, strict=True):
-                source = self._neighbour(int(position), int(ids[slot]), int(shift[slot]), bad) if shift[slot] else None
-                views.append(maker(source or image, draw[slot]))
+        made: list[list[Pixels]] = []
+        for slot, (position, key) in enumerate(zip(positions.tolist(), keys.tolist(), strict=True)):
+            rows = [draw[slot] for draw in draws], [int(shift[slot]) for shift in shifts]
+            views, ids[slot] = self._sample(position, key, int(ids[slot]), rows, bad)
             made.append(views)
         views_of_all = tuple(torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
         return HostBatch(views_of_all, torch.from_numpy(positions), torch.from_numpy(keys), torch.from_numpy(ids), bad)
 
-    def _image(self, position: int, key: int, sample: int, bad: list[Bad]) -> tuple[Image.Image, int]:
-        """The image of a sample; a bad one gives way to a substitute that depends on nothing but the key."""
+    def _sample(
+        self, position: int, key: int, sample: int, rows: tuple[list[Any], list[int]], bad: list[Bad]
+    ) -> tuple[list[Pixels], int]:
+        """The views of a sample; a bad one gives way to a substitute that depends on nothing but the key."""
         for candidate in self._candidates(key, sample):
             try:
-                return self._decoded(candidate), candidate
+                picture = self._picture(candidate)
+                windows = [picture.window(maker.moment(key)) for maker in self.makers]
             except BadSample as error:
                 bad.append(self._bad(position, candidate, error))
+                continue
+            for number, shift in enumerate(rows[1]):
+                if shift:
+                    windows[number] = self._neighbour(position, key, candidate, shift, number, bad, windows[number])
+            views = [maker(window, draw) for maker, window, draw in zip(self.makers, windows, rows[0], strict=True)]
+            return views, candidate
         raise DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1].where}: {bad[-1].reason}")
 
-    def _neighbour(self, position: int, sample: int, shift: int, bad: list[Bad]) -> Image.Image | None:
-        """The image of a neighbour; None if there is none, or it is bad."""
+    def _neighbour(
+        self, position: int, key: int, sample: int, shift: int, number: int, bad: list[Bad], own: Pixels
+    ) -> Pixels:
+        """What a view shows of a neighbour; its own if there is none, or it is bad."""
         other = self.shards.neighbour(sample, shift)
         try:
-            return self._decoded(other) if other != sample else None
+            return self._picture(other).window(self.makers[number].moment(key)) if other != sample else own
         except BadSample as error:
             bad.append(self._bad(position, other, error))
-            return None
+            return own
 
-    def _decoded(self, sample: int) -> Image.Image:
+    def _picture(self, sample: int) -> Picture:
         if sample in self.condemned:
             raise BadSample(self.condemned[sample])
-        if not self.report:
-            return decode(self.shards.read(sample), self.channels)
-        self.report(READING)
+        if self.report:
+            self.report(READING)
         body = self.shards.read(sample)
-        self.report(sample)
-        return decode(body, self.channels)
+        if self.report:
+            self.report(sample)
+        return Picture(self.shards.images(sample, body), self.form, self.step)
 
     def _bad(self, position: int, sample: int, error: BadSample) -> Bad:
         where = self.shards.describe(sample)
@@ -227,7 +239,7 @@ class Batch:
     """What an objective sees: normalised views on the device, and randomness that belongs to the images' positions."""
 
     views: tuple[Tensor, ...]
-    """V tensors (B, C, S, S), normalised."""
+    """V tensors (B, C, S, S) or (B, C, D, S, S), normalised."""
     positions: Tensor
     """(B,) positions in the run, on the CPU."""
     seed: int
@@ -253,21 +265,29 @@ class Placer:
 
     views: tuple[View, ...]
     mean: Tensor
-    """(C, 1, 1) on the device."""
+    """(C, 1, 1) on the device; (C, 1, 1, 1) for planes."""
     std: Tensor
-    """(C, 1, 1) on the device."""
+    """As `mean`."""
     seed: int
+    range: tuple[float, float] = (0.0, 255.0)
+    """Stored values that become 0 and 1."""
 
     def __call__(self, host: HostBatch, progress: float = 0.0) -> Batch:
         """The batch that an objective sees, when this share of the run is done."""
         made = []
         for number, (view, pixels) in enumerate(zip(self.views, host.views, strict=True)):
-            pixels = pixels.to(self.mean.device, non_blocking=True).float() / 255
+            pixels = unit(pixels.to(self.mean.device, non_blocking=True), self.range)
             draws = keyed.uniform(self.seed, f"colour {number}", host.keys.numpy(), DRAWS)
             made.append((change_colour(pixels, view, draws) - self.mean) / self.std)
         return Batch(tuple(made), host.positions, self.seed, host.keys, progress)
 
 
-def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 pixels (..., C, H, W) to float32: (pixels / 255 - mean) / std."""
-    return (pixels.float() / 255 - mean) / std
+def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
+    """Stored values to float32, `range` to 0..1."""
+    low, high = range
+    return (pixels.float() - low) / (high - low) if low else pixels.float() / high
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
+    """Stored values (..., C, H, W) or (..., C, D, H, W) to float32: (unit(pixels) - mean) / std."""
+    return (unit(pixels, range) - mean) / std

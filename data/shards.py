@@ -182,6 +182,10 @@ class Shards:
             raise ShardChanged(self._changed(shard))
         raise BadSample(f"{self.describe(sample)}: the bytes are not those that were indexed (CRC)")
 
+    def images(self, sample: int, body: bytes) -> list[bytes]:
+        """The encoded images in the bytes of a sample: its one image, or the frames of a clip in order."""
+        return [body]
+
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         try:
             return os.pread(self._file(shard), size, offset)

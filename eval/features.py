@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from selfsight.data.decode import decode
-from selfsight.data.loader import loader, normalize
+from selfsight.data.crops import resize_and_crop
+from selfsight.data.decode import Form
+from selfsight.data.loader import loader, normalize, unit
+from selfsight.data.picture import Picture
 from selfsight.data.shards import Shards
-from selfsight.data.views import RESAMPLING, resize_and_crop, to_array
 from selfsight.encoder import Encoder, Preprocessing
 from selfsight.errors import DataError, NumericError, UsageError
 
@@ -33,20 +34,22 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class CentralCrops(Dataset[Tensor]):
-    """Evaluation's view of given samples, in batches: item n is (b, C, S, S) uint8."""
+    """Evaluation's view of given samples, in batches: item n is (b, C, S, S), of planes the middle ones (b, C, D, S, S)."""
 
     shards: Shards
     ids: np.ndarray
     size: int
-    channels: int
+    form: Form
     interpolation: str
     crop_pct: float
     batch: int
+    step: int = 1
 
     @classmethod
     def of(cls, shards: Shards, ids: np.ndarray, made: Preprocessing, size: int | None = None) -> "CentralCrops":
         """The view that belongs to an encoder, in its size or another."""
-        return cls(shards, ids, size or made.image_size, made.channels, made.interpolation, made.crop_pct, BATCH)
+        size = size or made.image_size
+        return cls(shards, ids, size, made.form, made.interpolation, made.crop_pct, BATCH, made.step)
 
     def read(self, workers: int, pin: bool) -> DataLoader:
         """All batches in order. Workers take seconds to start: a few batches are read sooner without them."""
@@ -57,10 +60,11 @@ class CentralCrops(Dataset[Tensor]):
         made = []
         for sample in self.ids[number * self.batch : (number + 1) * self.batch]:
             try:
-                image = decode(self.shards.read(int(sample)), self.channels)
+                bodies = self.shards.images(int(sample), self.shards.read(int(sample)))
+                pixels = Picture(bodies, self.form, self.step).window(0.5)
             except DataError as error:  # a score must not depend on a substitute
                 raise DataError(f"{self.shards.describe(int(sample))}: {error}") from None
-            made.append(to_array(resize_and_crop(image, self.size, self.crop_pct, RESAMPLING[self.interpolation])))
+            made.append(resize_and_crop(pixels, self.size, self.crop_pct, self.interpolation))
         return torch.from_numpy(np.stack(made))
 
 
@@ -108,7 +112,7 @@ def extract(
     training = encoder.training
     encoder.eval()
     for pixels in crops.read(workers, device.type == "cuda"):
-        features = encoder.embed_pools(normalize(pixels.to(device, non_blocking=True), mean, std), pools)
+        features = encoder.embed_pools(normalize(pixels.to(device, non_blocking=True), mean, std, made.values), pools)
         for pool, feature in features.items():
             parts[pool].append(feature.float().cpu())
         advance(len(pixels))
@@ -128,5 +132,6 @@ def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) ->
     ids = np.arange(len(shards))
     crops = CentralCrops.of(shards, ids, preprocessing, min(preprocessing.image_size, PIXEL_SIDE))
     pixels = torch.cat(list(crops.read(workers, False)))
-    vectors = torch.cat([pixels.flatten(1).float() / 255, torch.full((len(pixels), 1), 1e-3)], dim=1)
+    values = unit(pixels.flatten(1), preprocessing.values)
+    vectors = torch.cat([values, torch.full((len(pixels), 1), 1e-3)], dim=1)
     return Features({"pixels": vectors}, labels_of(shards, ids))

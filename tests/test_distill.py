@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from selfsight import checkpoint, cli
 from selfsight.assemble import Parts, assemble
 from selfsight.data.build import write_shards
-from selfsight.data.decode import decode
+from selfsight.data.decode import Form, decode
 from selfsight.data.loader import Batch
 from selfsight.data.order import sample_ids
 from selfsight.encoder import Encoder, Tokens, build_encoder, preprocessing_of
@@ -593,7 +593,7 @@ def test_rows_are_augmentation_by_augmentation(teaching: Fields, tmp_path: Path)
     encoder = encode(SMALL, 1).eval()
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     for sample in (0, 1, 49, 50, 119):
-        pixels = np.asarray(decode(parts.shards.read(sample), 1), np.float64) / 255
+        pixels = decode(parts.shards.read(sample), Form(1))[0].astype(np.float64) / 255
         enlarged = pil_resized(pixels, 16, Image.Resampling.BICUBIC)
         images = torch.tensor((enlarged - mean[:, None, None]) / std[:, None, None], dtype=torch.float32)[None]
         with torch.no_grad():

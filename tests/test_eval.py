@@ -24,7 +24,7 @@ from timm.data import create_transform
 
 from selfsight import cli
 from selfsight.data.build import write_shards
-from selfsight.data.decode import decode
+from selfsight.data.decode import Form, decode
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import DataError, NumericError, UsageError
@@ -228,7 +228,7 @@ def test_features_are_embed_of_timms_transform_in_order(encoder: Encoder) -> Non
     features = extract(encoder, shards, CPU, ("mean", "cls", "cls+mean"), ids)
     made = encoder.preprocessing
     transform = create_transform((1, 8, 8), mean=made.mean, std=made.std, crop_pct=1.0, interpolation="bicubic")
-    images = torch.stack([transform(decode(shards.read(i), 1)) for i in ids.tolist()])  # type: ignore[misc]
+    images = torch.stack([transform(Image.fromarray(decode(shards.read(i), Form(1))[0])) for i in ids.tolist()])  # type: ignore[misc]
     with torch.inference_mode():
         for pool, vectors in features.vectors.items():
             assert torch.allclose(vectors, encoder.embed(images, pool), atol=1e-5)
@@ -259,7 +259,7 @@ def test_pixels_are_pixels(encoder: Encoder) -> None:
     shards = Shards("digits:test")
     found = pixels_of(shards, encoder.preprocessing).vectors["pixels"]
     assert torch.equal(
-        (found[7, :-1].view(8, 8) * 255).round().byte(), torch.from_numpy(np.asarray(decode(shards.read(7), 1)).copy())
+        (found[7, :-1].view(8, 8) * 255).round().byte(), torch.from_numpy(decode(shards.read(7), Form(1))[0].copy())
     )
 
 

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from selfsight import keyed
 from selfsight.data.build import write_shards
 from selfsight.data.colour import DRAWS, change_colour
-from selfsight.data.decode import decode
+from selfsight.data.crops import ViewMaker
+from selfsight.data.decode import Form, decode
 from selfsight.data.loader import ROWS, Batches, HostBatch, Placer, Rows, loader, normalize
 from selfsight.data.order import sample_ids
 from selfsight.data.shards import Shards
-from selfsight.data.views import View, ViewMaker
+from selfsight.data.views import View
 from selfsight.errors import DataError
 
 MAKERS = tuple(ViewMaker(View(), number, 6, "bicubic", seed=4) for number in (0, 1))
@@ -39,7 +40,7 @@ def batches(
     augmentations: int | None = None,
     makers: tuple[ViewMaker, ...] = MAKERS,
 ) -> Batches:
-    return Batches(Shards(str(folder)), makers, 4, 1, batch_size, rank, world, accumulate, augmentations)
+    return Batches(Shards(str(folder)), makers, 4, Form(1), batch_size, rank, world, accumulate, augmentations)
 
 
 def same(a: HostBatch, b: HostBatch) -> bool:
@@ -86,7 +87,7 @@ def test_a_batch_is_what_the_order_says(small_shards: Path) -> None:
     assert batch.ids.tolist() == sample_ids(np.arange(132, 144), 120, 4).tolist()
     for slot, (position, sample) in enumerate(zip(batch.positions.tolist(), batch.ids.tolist(), strict=True)):
         for maker, view in zip(MAKERS, batch.views, strict=True):
-            alone = maker(decode(shards.read(sample), 1), maker.draws(np.array([position]))[0])
+            alone = maker(decode(shards.read(sample), Form(1)), maker.draws(np.array([position]))[0])
             assert np.array_equal(view[slot].numpy(), alone)
     assert not torch.equal(batch.views[0], batch.views[1])
 
@@ -248,7 +249,7 @@ def still(number: int, shift: int) -> ViewMaker:
 
 def test_a_view_with_shift_is_another_frame_of_the_clip(clips: Path) -> None:
     shards = Shards(str(clips))
-    frames = [np.asarray(decode(shards.read(sample), 1))[None] for sample in range(16)]
+    frames = [np.asarray(decode(shards.read(sample), Form(1))) for sample in range(16)]
     made = batches(clips, 4, makers=(still(0, 0), still(1, 3)))
     distances = set()
     for host in (made[number] for number in range(40)):
@@ -266,7 +267,7 @@ def test_a_view_with_shift_is_another_frame_of_the_clip(clips: Path) -> None:
 
 def test_a_bad_neighbour_leaves_the_image_itself_and_is_recorded(clips: Path) -> None:
     shards = Shards(str(clips))
-    frames = [np.asarray(decode(shards.read(sample), 1))[None] for sample in range(16)]
+    frames = [np.asarray(decode(shards.read(sample), Form(1))) for sample in range(16)]
     damage(shards, 1)
     made = batches(clips, 4, makers=(still(0, 0), still(1, 1)))
     fell_back = 0

@@ -14,12 +14,29 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as reference
 
 from selfsight import keyed
-from selfsight.data.views import CROP_TRIES, RESAMPLING, View, ViewMaker, crop_box, resize_and_crop, to_array
+from selfsight.data.crops import CROP_TRIES, ViewMaker, crop_box, resize_and_crop
+from selfsight.data.decode import Pixels
+from selfsight.data.views import View
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
     shape = (height, width) if mode == "L" else (height, width, 3)
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+
+
+def as_pixels(image: Image.Image) -> Pixels:
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def assert_close(ours: Pixels, theirs: Pixels) -> None:
+    """Pillow's resizing and torch's round otherwise between rows and columns: a level here and there, and more in a few pixels
+    where bicubic overshoots black or white, which noise has many of."""
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    assert ours.shape == theirs.shape
+    assert (difference > 2).mean() < 0.02
+    assert difference.mean() < 0.5
+    assert difference.max() < 24
 
 
 # -- geometry
@@ -101,7 +118,7 @@ def test_a_view_has_torchvisions_pixels() -> None:
         )
         if draws[0] < 0.5:
             expected, flips = reference.hflip(expected), flips + 1
-        assert np.array_equal(maker(image, draws), np.asarray(expected).transpose(2, 0, 1))
+        assert_close(maker(as_pixels(image), draws), as_pixels(expected))
     assert 4 < flips < 16
 
 
@@ -117,12 +134,8 @@ def test_evaluations_view_is_timms(size: tuple[int, int], crop_pct: float) -> No
     theirs = create_transform((3, 24, 24), interpolation="bicubic", crop_pct=crop_pct, mean=(0,) * 3, std=(1,) * 3)(
         image
     )
-    ours = to_array(resize_and_crop(image, 24, crop_pct, RESAMPLING["bicubic"]))
-    assert np.array_equal(ours, (theirs * 255).round().byte().numpy())  # type: ignore[union-attr]
-
-
-def test_grey_images_stay_one_channel() -> None:
-    assert to_array(noise(8, 8, "L")).shape == (1, 8, 8)
+    ours = resize_and_crop(as_pixels(image), 24, crop_pct, "bicubic")
+    assert_close(ours, (theirs * 255).round().byte().numpy())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("crop_scale", [None, (0.2, 1.0)])
@@ -131,14 +144,14 @@ def test_a_view_has_its_own_size_if_it_has_one(crop_scale: tuple[float, float] |
     for size, expected in ((None, 16), (7, 7), (20, 20)):
         maker = ViewMaker(View(size=size, crop_scale=crop_scale, flip=0.0), 0, 16, "bilinear", seed=1)
         draws = maker.draws(np.array([5]))[0]
-        made = maker(image, draws)
+        made = maker(as_pixels(image), draws)
         assert made.shape == (3, expected, expected)
         if crop_scale:
             left, top, right, bottom = crop_box(30, 20, draws[1:], maker.view)
             theirs = reference.resized_crop(image, top, left, bottom - top, right - left, [expected, expected])
         else:
             theirs = reference.center_crop(reference.resize(image, [expected]), [expected, expected])
-        assert np.array_equal(made, np.asarray(theirs).transpose(2, 0, 1))
+        assert_close(made, as_pixels(theirs))
 
 
 def test_shifts_are_uniform_and_belong_to_the_key_and_the_view() -> None:

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsight import __version__, checkpoint
-from selfsight.data.decode import MODES
+from selfsight.data.crops import ViewMaker
 from selfsight.data.loader import Batches, Placer
 from selfsight.data.shards import Shards
-from selfsight.data.views import ViewMaker
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
@@ -71,11 +70,12 @@ class Parts:
         )
         train = recipe.train
         split = train.batch_size, rank, world, train.accumulate
-        return Batches(self.shards, makers, recipe.seed, made.channels, *split, self.objective.augmentations)
+        return Batches(self.shards, makers, recipe.seed, made.form, *split, self.objective.augmentations, made.step)
 
     def placer(self, device: torch.device) -> Placer:
         """What makes a batch for the objective, on the device."""
-        return Placer(self.objective.views, *self.encoder.preprocessing.statistics(device), self.recipe.seed)
+        made = self.encoder.preprocessing
+        return Placer(self.objective.views, *made.statistics(device), self.recipe.seed, made.values)
 
     def fingerprint(self, recipe: Recipe | None = None) -> dict[str, Any]:
         """What a checkpoint must share with the run that goes on from it. Where the data lie is not part of it."""
@@ -158,8 +158,6 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
     batch = recipe.train.batch_size
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")
-    if recipe.encoder.channels not in MODES:
-        raise UsageError(f"encoder.channels: {recipe.encoder.channels}; images are read with 1 or 3 channels")
     if recipe.eval.train:  # what cannot be scored is better known before the training than after it
         scorable_sets(recipe.eval.train, recipe.eval.test or recipe.eval.train, recipe.eval.k)
     steps = recipe.train.steps or ceil((recipe.train.epochs or 0) * len(shards) / batch)

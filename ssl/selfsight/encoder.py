@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from selfsight.data.decode import Form, value_range
 from selfsight.drop_path import Draw, draw_drop_paths, key_drop_paths, with_its_draws
 from selfsight.errors import UsageError
 from selfsight.positions import sincos
@@ -61,21 +62,40 @@ class Preprocessing(NamedTuple):
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    depth: int = 8
+    """Bits of a stored value: 8, 16, or 32 for floating point."""
+    range: tuple[float, float] | None = None
+    """Stored values that become 0 and 1, before mean and std; None: those of the depth."""
+    frames: int = 1
+    """Planes of a volume or frames of a clip; 1: an image."""
+    step: int = 1
+    """Planes from one plane of the input to the next."""
+
+    @property
+    def form(self) -> Form:
+        """What images are decoded to."""
+        return Form(self.channels, self.depth, self.range, self.frames)
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """Decoded values that become 0 and 1."""
+        return value_range(self.form)
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation as (C, 1, 1)."""
-        return _on_device(self.mean, device), _on_device(self.std, device)
+        """Mean and standard deviation as (C, 1, 1), or (C, 1, 1, 1) for planes."""
+        axes = 3 if self.frames > 1 else 2
+        return _on_device(self.mean, device, axes), _on_device(self.std, device, axes)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Normalised images (..., C, H, W) back in 0..1."""
+        """Normalised images (..., C, H, W), or with planes, back in 0..1."""
         mean, std = self.statistics(images.device)
         return images * std + mean
 
 
 @cache
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Channel values as (C, 1, 1); sent once, for each sending waits for the device."""
-    return torch.tensor(values, device=device).view(-1, 1, 1)
+def _on_device(values: tuple[float, ...], device: torch.device, axes: int) -> Tensor:
+    """Channel values before so many axes of length 1; sent once, for each sending waits for the device."""
+    return torch.tensor(values, device=device).view(-1, *[1] * axes)
 
 
 class Encoder(nn.Module):
@@ -336,7 +356,8 @@ def preprocessing_of(data: DataConfig, encoder: EncoderConfig) -> Preprocessing:
             raise UsageError(f"data.{name}: has {len(values)} values for {channels} channels")
     if min(std) <= 0:
         raise UsageError("data.std: must be above 0")
-    return Preprocessing(encoder.image_size, channels, mean, std, data.interpolation, data.crop_pct)
+    shown = data.interpolation, data.crop_pct, data.depth, data.range
+    return Preprocessing(encoder.image_size, channels, mean, std, *shown, step=data.frame_step)
 
 
 def build_encoder(config: EncoderConfig, preprocessing: Preprocessing, seed: int) -> Encoder:

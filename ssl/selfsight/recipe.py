@@ -34,6 +34,12 @@ class DataConfig(Section):
     """How images are resized, in training and in evaluation."""
     crop_pct: float = Field(1.0, gt=0, le=1)
     """In evaluation, the share of the shorter side that the central crop keeps."""
+    depth: Literal[8, 16, 32] = 8
+    """Bits in which pixels are kept until they are normalised: 8, 16, or 32 for floating point."""
+    range: tuple[float, float] | None = None
+    """Stored values that become 0 and 1 before mean and std, such as -1000, 2000 of a CT; null: all of the depth (32 needs one)."""
+    frame_step: int = Field(1, ge=1, le=1024)
+    """Of clips and volumes, planes from one plane of the input to the next."""
     bad_share: float = Field(0.001, ge=0, le=1)
     """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
 

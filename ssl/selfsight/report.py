@@ -134,17 +134,19 @@ def picture_rows(parts: Parts, device: torch.device) -> list[dict[str, Any]]:
     parts.objective.eval()
     shown = parts.objective.pictures(parts.placer(device)(few))
     parts.objective.train()
-    sources = CentralCrops.of(parts.shards, few.ids.numpy(), parts.encoder.preprocessing)[0]
-    shown = {"source image": normalize(sources.to(device), *parts.encoder.preprocessing.statistics(device)), **shown}
+    made = parts.encoder.preprocessing
+    sources = CentralCrops.of(parts.shards, few.ids.numpy(), made)[0]
+    shown = {"source image": normalize(sources.to(device), *made.statistics(device), made.values), **shown}
     return [
-        {"caption": caption, "images": [png(image, parts.encoder.preprocessing) for image in images.cpu()]}
+        {"caption": caption, "images": [png(image, made) for image in images.cpu()]}
         for caption, images in shown.items()
     ]
 
 
 def png(image: Tensor, made: Preprocessing) -> str:
-    """A normalised image (C, S, S) as a data URL; 1 or 3 channels as they are, of more the first."""
+    """A normalised image (C, S, S) or (C, D, S, S) as a data URL; 1 or 3 channels as they are, of more the first; the middle plane."""
     pixels = (made.pixels(image).clamp(0, 1) * 255).round().byte().numpy()
+    pixels = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels
     array = np.moveaxis(pixels, 0, -1) if len(pixels) == 3 else pixels[0]
     out = BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(out, "PNG", optimize=True)

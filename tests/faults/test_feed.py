@@ -18,10 +18,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from selfsight.data import feed as feeding
 from selfsight.data.build import write_shards
+from selfsight.data.crops import ViewMaker
+from selfsight.data.decode import Form
 from selfsight.data.feed import affordable_workers, culprits, feed
 from selfsight.data.loader import READING, Batches
 from selfsight.data.shards import Shards
-from selfsight.data.views import View, ViewMaker
+from selfsight.data.views import View
 from selfsight.errors import DataError, DataGone
 
 
@@ -234,7 +236,7 @@ def test_too_little_shared_memory_means_no_workers(
 
 def made_of(folder: Path, **fields: Any) -> Batches:
     makers = (ViewMaker(View(), 0, 6, "bicubic", 4), ViewMaker(View(size=4, shift=2), 1, 6, "bicubic", 4))
-    return Batches(Shards(str(folder)), makers, 4, 1, 12, **fields)
+    return Batches(Shards(str(folder)), makers, 4, Form(1), 12, **fields)
 
 
 def test_batches_know_their_size(small_shards: Path) -> None:

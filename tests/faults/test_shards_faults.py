@@ -20,12 +20,13 @@ from tarforge import BLOCK, END, READ, REFUSED, A, B, cuts, header, member, pax,
 
 from selfsight.data import tar as walk
 from selfsight.data.build import write_shards
-from selfsight.data.decode import BadSample
+from selfsight.data.crops import ViewMaker
+from selfsight.data.decode import BadSample, Form
 from selfsight.data.feed import feed
 from selfsight.data.index import build_index, index_path
 from selfsight.data.loader import Bad, Batches, HostBatch
 from selfsight.data.shards import ShardChanged, Shards
-from selfsight.data.views import View, ViewMaker
+from selfsight.data.views import View
 from selfsight.errors import DataError, DataGone
 from selfsight.quarantine import Quarantine
 
@@ -43,7 +44,7 @@ def indexed(folder: Path, body: bytes, name: str = "x.tar") -> Shards:
 
 
 def batches(shards: Shards, batch_size: int = 4, rank: int = 0, world: int = 1) -> Batches:
-    return Batches(shards, (ViewMaker(View(), 0, 4, "bicubic", 0),), 0, 1, batch_size, rank, world)
+    return Batches(shards, (ViewMaker(View(), 0, 4, "bicubic", 0),), 0, Form(1), batch_size, rank, world)
 
 
 # -- containers

@@ -1,0 +1,111 @@
+"""Geometry of a view: which planes, where to crop, how to resize, whether to flip; drawn from (seed, key), done on the CPU.
+
+The definitions are torchvision's (`RandomResizedCrop`, `RandomHorizontalFlip`, `Resize` + `CenterCrop`); only the source
+of the randomness differs. Colour and normalisation come later, batched on the device (`selfsight.data.colour`).
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from selfsight import keyed
+from selfsight.data.decode import Pixels
+from selfsight.data.views import View
+
+CROP_TRIES = 10  # as in torchvision
+LONGEST = 8  # times the shorter side; of longer images only the middle is resized: 1 x 20,000 would become gigabytes
+MOMENTS = 3
+
+
+def crop_box(width: int, height: int, draws: NDArray[np.float64], view: View) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop box (left, top, right, bottom) from 4 x CROP_TRIES uniform numbers.
+
+    Each try draws an area and a log-ratio; the first that fits is placed at random; if none fits, the largest central
+    crop within the ratios is taken.
+    """
+    assert view.crop_scale is not None
+    least, most = view.crop_scale
+    low, high = np.log(view.crop_ratio)
+    for u_area, u_ratio, u_top, u_left in draws.reshape(CROP_TRIES, 4):
+        area = width * height * (least + (most - least) * u_area)
+        ratio = np.exp(low + (high - low) * u_ratio)
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(u_left * (width - w + 1)), int(u_top * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < view.crop_ratio[0]:
+        h = max(1, round(width / view.crop_ratio[0]))
+    elif width / height > view.crop_ratio[1]:
+        w = max(1, round(height * view.crop_ratio[1]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+class ViewMaker:
+    """Draws one view of each image of a batch. `number` tells the views of an objective apart."""
+
+    def __init__(self, view: View, number: int, size: int, interpolation: str, seed: int) -> None:
+        self.view, self.number, self.size, self.seed = view, number, view.size or size, seed
+        self.interpolation = interpolation
+
+    def draws(self, keys: NDArray[np.int64]) -> NDArray[np.float64]:
+        """All that the views with these keys are made from: (P, 1 + 4 x CROP_TRIES)."""
+        return keyed.uniform(self.seed, f"view {self.number}", keys, 1 + 4 * CROP_TRIES)
+
+    def shifts(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many samples away each view is taken from: (P,), 1 to `shift`, or 0."""
+        if not self.view.shift:
+            return np.zeros(len(keys), np.int64)
+        draws = keyed.uniform(self.seed, f"shift {self.number}", keys, 1)[:, 0]
+        return 1 + (draws * self.view.shift).astype(np.int64)
+
+    def moment(self, key: int) -> float:
+        """Where in a sequence the view lies, 0..1: a moment of its own, or one of three in order that the views share."""
+        if self.view.moment is None:
+            return float(keyed.uniform(self.seed, f"moment {self.number}", [key], 1)[0, 0])
+        return float(np.sort(keyed.uniform(self.seed, "moments", [key], MOMENTS)[0])[self.view.moment])
+
+    def __call__(self, pixels: Pixels, draws: NDArray[np.float64]) -> Pixels:
+        """One view (C, size, size) or (C, D, size, size) of an image or its planes, from one row of `draws`."""
+        if self.view.crop_scale is None:
+            pixels = resize_and_crop(pixels, self.size, 1.0, self.interpolation)
+        else:
+            left, top, right, bottom = crop_box(pixels.shape[-1], pixels.shape[-2], draws[1:], self.view)
+            pixels = resize(pixels[..., top:bottom, left:right], self.size, self.size, self.interpolation)
+        return pixels[..., ::-1] if draws[0] < self.view.flip else pixels
+
+
+def resize(pixels: Pixels, height: int, width: int, interpolation: str) -> Pixels:
+    """Pixels (..., H, W) in another size, antialiased as Pillow does it: 8 bits within a level or so (mean 0.04 on photographs), others in float32."""
+    if pixels.shape[-2:] == (height, width):
+        return pixels
+    pixels_in = pixels if pixels.flags.writeable else pixels.copy(order="K")  # torch wants to own what it reads
+    planes = torch.from_numpy(pixels_in if pixels.dtype == np.uint8 else pixels.astype(np.float32))
+    lead = planes.shape[:-2]
+    planes = planes[None] if planes.ndim == 3 else planes.reshape(1, -1, *planes.shape[-2:])
+    found = F.interpolate(planes, (height, width), mode=interpolation, antialias=True)[0].numpy()
+    if pixels.dtype == np.uint16:  # bicubic overshoots
+        found = np.rint(found).clip(0, 65535).astype(np.uint16)
+    return found.reshape(*lead, height, width) if len(lead) != 1 else found
+
+
+def resize_and_crop(pixels: Pixels, size: int, crop_pct: float, interpolation: str) -> Pixels:
+    """Evaluation's view (..., size, size): shorter side to floor(size / crop_pct), then the centre, as timm does it."""
+    short = int(size / crop_pct)
+    sides = pixels.shape[-2:]
+    if max(sides) > LONGEST * min(sides):
+        pixels = _centre(pixels, *(min(side, LONGEST * min(sides)) for side in sides))
+    height, width = pixels.shape[-2:]
+    if min(height, width) != short:
+        longer = short * max(height, width) // min(height, width)
+        height, width = (longer, short) if width <= height else (short, longer)
+        pixels = resize(pixels, height, width, interpolation)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return pixels[..., top : top + size, left : left + size]
+
+
+def _centre(pixels: Pixels, height: int, width: int) -> Pixels:
+    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]

@@ -1,0 +1,75 @@
+"""One sample as views see it: a plain image, or planes (frames of a clip, slices of a volume) of which a view takes some."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from selfsight.data.decode import BadSample, Form, Pixels, decode
+
+
+class Picture:
+    """The image of a sample, decoded when its pixels are asked for; of a clip only the frames that a view shows.
+
+    Args:
+        bodies: one encoded image, which may have planes itself, or the encoded frames of a clip in order.
+        form: what is to come out.
+        step: planes from one plane of a window to the next; less where there are not as many.
+    """
+
+    def __init__(self, bodies: Sequence[bytes], form: Form, step: int = 1) -> None:
+        self.bodies, self.form, self.step = bodies, form, step
+        self._frames: dict[int, Pixels] = {}
+
+    @cached_property
+    def whole(self) -> Pixels:
+        """The one stored image: (C, H, W), or (C, D, H, W)."""
+        return decode(self.bodies[0], self.form)
+
+    @property
+    def planes(self) -> int:
+        """How many there are; a plain image has one.
+
+        Raises:
+            BadSample: as `decode`.
+        """
+        if len(self.bodies) > 1:
+            return len(self.bodies)
+        return self.whole.shape[1] if self.whole.ndim == 4 else 1
+
+    def window(self, place: float) -> Pixels:
+        """The planes of a view, which starts at `place` (0 the first, 1 the last possible): (C, H, W) for an encoder of
+        one plane, else (C, frames, H, W).
+
+        Raises:
+            BadSample: as `decode`; fewer planes than the encoder takes, or frames of different sizes.
+        """
+        wanted, planes = self.form.frames, self.planes
+        if planes < wanted:
+            raise BadSample(f"{planes} plane{'s' * (planes > 1)}, fewer than the {wanted} that the encoder takes")
+        step = min(self.step, (planes - 1) // (wanted - 1)) if wanted > 1 else 1
+        starts = planes - (wanted - 1) * step
+        first = min(int(place * starts), starts - 1)
+        return self._take(range(first, first + wanted * step, step))
+
+    def _take(self, planes: range) -> Pixels:
+        if len(self.bodies) == 1:
+            if self.whole.ndim == 3:
+                return self.whole
+            return (
+                self.whole[:, planes[0]]
+                if self.form.frames == 1
+                else self.whole[:, planes.start : planes.stop : planes.step]
+            )
+        frames = [self._frame(plane) for plane in planes]
+        if len({frame.shape for frame in frames}) > 1:
+            raise BadSample(f"frames of different sizes: {', '.join(str(frame.shape) for frame in frames[:4])}")
+        return frames[0] if self.form.frames == 1 else np.stack(frames, axis=1)
+
+    def _frame(self, plane: int) -> Pixels:
+        if plane not in self._frames:
+            frame = decode(self.bodies[plane], self.form)
+            if frame.ndim != 3:
+                raise BadSample(f"frame {plane} of the clip is itself a stack of {frame.shape[1]} planes")
+            self._frames[plane] = frame
+        return self._frames[plane]

@@ -29,12 +29,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfsight.data.decode import MAX_PIXELS, BadSample, open_image
+from selfsight.data.decode import DTYPES, MAX_PIXELS, BadSample, Form, open_image
 from selfsight.errors import UsageError
 
 MAX_BYTES = 2**30  # of one decoded sample: a CT of 512 x 512 x 2,000 voxels of 16 bits has as many
 MAX_LAST = 32  # channels that a last axis of a .npy can be
-DTYPE_OF = {8: np.uint8, 16: np.uint16, 32: np.float32}
 ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type
 
@@ -131,31 +130,56 @@ def extra(module: str, what: str) -> Any:
         raise UsageError(f"{what}: needs {module}; pip install 'selfsight[science]'") from None
 
 
+def fit(array: Array, form: Form) -> Array:
+    """An array of a file's own dtype as the run takes it: its channels, its depth.
+
+    One channel asked as three is repeated; unsigned colours asked as one become ITU-R 601-2's luma, as Pillow's do.
+
+    Raises:
+        BadSample: other numbers of channels, or values whose place in the run's depth is not known.
+    """
+    channels = len(array)
+    if channels == 1 and form.channels == 3:
+        array = np.broadcast_to(array, (3, *array.shape[1:]))
+    elif channels == 3 and form.channels == 1 and array.dtype.kind == "u":
+        array = np.rint(np.tensordot(np.float32([[0.299, 0.587, 0.114]]), array, 1)).astype(array.dtype)
+    elif channels != form.channels:
+        raise BadSample(f"has {shape_text(array)}; the encoder takes {form.channels}")
+    return to_depth(array, form.depth, form.range)
+
+
 def to_depth(array: Array, depth: int, range: tuple[float, float] | None = None) -> Array:
     """An array of a file's own dtype as the run's: uint8, uint16 or float32 for a `depth` of 8, 16 or 32.
 
-    Eight bits become 16 by x 257 and 16 become eight by / 257, so that black and white stay; float32 takes all values
-    as they are. Signed, wide and floating values fit fewer bits only if the run's `range` says that the values that
-    count lie within them: they are then rounded, and clipped to the range. Units never change otherwise.
+    | from \\ to      | 8                                  | 16                                           | 32         |
+    |----------------|------------------------------------|----------------------------------------------|------------|
+    | uint8          | itself                             | x 257                                        | same value |
+    | uint16         | / 257, or `range` spread over 8    | itself                                       | same value |
+    | others         | `range` spread over 8              | same value, rounded, if `range` lies within  | same value |
+
+    What lies outside the range is clipped to it.
 
     Raises:
-        BadSample: values whose place in `depth` bits is not known.
+        BadSample: signed, wide or floating values without the range that would give them a place.
     """
-    wanted = np.dtype(DTYPE_OF[depth])
+    wanted = np.dtype(DTYPES[depth])
     if array.dtype == wanted:
         return array
     if depth == 32:
         return array.astype(np.float32)
     if array.dtype == np.uint8:
         return array.astype(np.uint16) * np.uint16(257)
-    if array.dtype == np.uint16:
+    if array.dtype == np.uint16 and range is None:
         return np.rint(array.astype(np.float32) / 257).astype(np.uint8)
-    if range is None or range[0] < 0 or range[1] > 2**depth - 1:
+    if range is None or (depth == 16 and not 0 <= range[0] < range[1] <= 65535):
         raise BadSample(
-            f"holds {array.dtype} values, which have no place in {depth} bits; set data.depth 32 and data.range "
-            "(selfsight shards check SPEC --stats shows the values)"
+            f"holds {array.dtype} values, and its range is unknown or not within {depth} bits; set data.depth 32 and "
+            "data.range (selfsight shards check SPEC --stats shows the values)"
         )
-    return np.rint(np.clip(array, *range)).astype(wanted)
+    values = np.clip(array, *range).astype(np.float32)
+    if depth == 8:
+        values = (values - range[0]) * (255 / (range[1] - range[0]))
+    return np.rint(values).astype(wanted)
 
 
 def shape_text(array: Array) -> str:

@@ -19,7 +19,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from selfsight.data import formats
-from selfsight.data.decode import BadSample
+from selfsight.data.decode import BadSample, Form, decode
 from selfsight.data.formats import over_white, read_array, shape_text, to_depth, upright
 from selfsight.errors import UsageError
 
@@ -407,13 +407,40 @@ def test_depths() -> None:
         assert to_depth(array, 32).dtype == np.float32
         assert np.array_equal(to_depth(array, 32), array)
     for array in (np.array([-5, 7], np.int16), np.array([0.5], np.float32), np.array([9], np.int64)):
-        for depth, bounds in ((8, None), (16, None), (16, (-1000.0, 1000.0)), (8, (0.0, 4095.0))):
+        for depth, bounds in ((8, None), (16, None), (16, (-1000.0, 1000.0)), (16, (0.0, 1e6))):
             with pytest.raises(
                 BadSample, match=r"set data.depth 32 and data.range \(selfsight shards check SPEC --stats"
             ):
                 to_depth(array, depth, bounds)
     found = to_depth(np.array([-5, 7.6, 5000], np.float32), 16, (0, 4095))
     assert (found.dtype, found.tolist()) == (np.uint16, [0, 8, 4095])
+    for dtype in (np.int16, np.float32, np.int64):
+        found = to_depth(np.array([-2000, -1000, 0, 1000, 9000], dtype), 8, (-1000, 1000))
+        assert (found.dtype, found.tolist()) == (np.uint8, [0, 0, 128, 255, 255])
+    assert to_depth(np.array([0, 1000, 4095, 60000], np.uint16), 8, (0, 4095)).tolist() == [0, 62, 255, 255]
+    assert to_depth(np.array([7, 200], np.uint8), 8, (0, 4095)).tolist() == [7, 200]
+
+
+def test_decoding_gives_what_the_encoder_takes() -> None:
+    assert np.array_equal(decode(tiff(BANDS), Form(13, 16)), BANDS)
+    assert np.array_equal(decode(tiff(BANDS), Form(13)), np.rint(BANDS / 257))
+    assert np.array_equal(decode(tiff(BANDS), Form(13, 32, (0, 1e4))), BANDS.astype(np.float32))
+    assert np.array_equal(decode(npy(BANDS[0]), Form(3, 16)), BANDS[[0, 0, 0]])
+    assert np.array_equal(decode(tiff(STACK), Form(1, 16, frames=2)), STACK[None])
+    assert np.array_equal(decode(nifti(STACK.astype(np.int16)), Form(1, 32, (0, 1))), STACK.astype(np.int16).T[None])
+    colours = np.moveaxis(BANDS[:3] >> 8, 0, -1).astype(np.uint8)
+    grey = np.asarray(Image.fromarray(colours).convert("L"))
+    assert np.abs(decode(npy(colours), Form(1))[0].astype(int) - grey).max() <= 1
+    assert decode(png(Image.fromarray(colours)), Form(3)).shape == (3, 20, 24)
+    for body, form, reason in (
+        (tiff(BANDS[:12]), Form(13, 16), "has 12 channels of uint16; the encoder takes 13"),
+        (tiff(BANDS), Form(3), "has 13 channels of uint16; the encoder takes 3"),
+        (npy(BANDS[None, :5]), Form(2, frames=5), "has 1 channel of uint16, 5 planes; the encoder takes 2"),
+        (dicom(BANDS[0].astype(np.int16)), Form(1), "int16 values, and its range is unknown or not within 8 bits"),
+        (png(Image.fromarray(colours)), Form(13), "at most 3 channels; the encoder takes 13"),
+    ):
+        with pytest.raises(BadSample, match=reason):
+            decode(body, form)
 
 
 def test_arrays_in_words() -> None:

@@ -33,6 +33,7 @@ from selfsight.data.decode import DTYPES, MAX_PIXELS, BadSample, Form, open_imag
 from selfsight.errors import UsageError
 
 MAX_BYTES = 2**30  # of one decoded sample: a CT of 512 x 512 x 2,000 voxels of 16 bits has as many
+LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)
 MAX_LAST = 32  # channels that a last axis of a .npy can be
 ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type
@@ -142,7 +143,7 @@ def fit(array: Array, form: Form) -> Array:
     if channels == 1 and form.channels == 3:
         array = np.broadcast_to(array, (3, *array.shape[1:]))
     elif channels == 3 and form.channels == 1 and array.dtype.kind == "u":
-        array = np.rint(np.tensordot(np.float32([[0.299, 0.587, 0.114]]), array, 1)).astype(array.dtype)
+        array = np.rint(np.tensordot(LUMA, array, 1)).astype(array.dtype)
     elif channels != form.channels:
         raise BadSample(f"has {shape_text(array)}; the encoder takes {form.channels}")
     return to_depth(array, form.depth, form.range)
@@ -151,7 +152,7 @@ def fit(array: Array, form: Form) -> Array:
 def to_depth(array: Array, depth: int, range: tuple[float, float] | None = None) -> Array:
     """An array of a file's own dtype as the run's: uint8, uint16 or float32 for a `depth` of 8, 16 or 32.
 
-    | from \\ to      | 8                                  | 16                                           | 32         |
+    | from, to       | 8                                  | 16                                           | 32         |
     |----------------|------------------------------------|----------------------------------------------|------------|
     | uint8          | itself                             | x 257                                        | same value |
     | uint16         | / 257, or `range` spread over 8    | itself                                       | same value |

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from selfsight.data import digits
 from selfsight.data.decode import BadSample
-from selfsight.data.index import IMAGE_SUFFIXES, Records, read_index
+from selfsight.data.index import Records, read_index
+from selfsight.data.samples import is_image, split_clip
 from selfsight.errors import DataError, DataGone, UsageError
 
 OPEN_FILES = 128  # per process, well under the usual limit of 1,024
@@ -92,7 +93,7 @@ def _expand(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         if not found:
-            images = any(file.suffix[1:].lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
+            images = any(is_image(file.name) for file in path.rglob("*"))
             advice = f"; pack its images first: selfsight shards build {path} FOLDER" if images else ""
             raise DataError(f"{path}: no shards here (*.tar){advice}")
         return found
@@ -137,6 +138,16 @@ class Shards:
     def labels(self) -> NDArray[np.int32]:
         """Label of every sample (N,), -1 where there is none."""
         return np.concatenate([records["label"] for records in self._records]).astype(np.int32)
+
+    @property
+    def groups(self) -> NDArray[np.int32]:
+        """Number of the whole (patient, slide, scene) that every sample is a part of (N,), -1 where there is none."""
+        return np.concatenate([records["group"] for records in self._records]).astype(np.int32)
+
+    @property
+    def frames(self) -> NDArray[np.int64]:
+        """Frames of every sample (N,), 0 of a sample that is one image."""
+        return np.concatenate([records["frames"] for records in self._records]).astype(np.int64)
 
     @property
     def id(self) -> str:
@@ -184,7 +195,8 @@ class Shards:
 
     def images(self, sample: int, body: bytes) -> list[bytes]:
         """The encoded images in the bytes of a sample: its one image, or the frames of a clip in order."""
-        return [body]
+        frames = int(self._locate(sample)[1]["frames"])
+        return split_clip(body, frames) if frames else [body]
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         try:

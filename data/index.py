@@ -21,8 +21,15 @@ from selfsight.errors import DataError, StorageError
 MAGIC, VERSION = b"SSINDEX\0", 1
 UNLABELLED = NONE
 RECORD = np.dtype(
-    [("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("group", "<i4"), ("frames", "<u4")]
-    + [("reserved", "<u4")]
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("crc", "<u4"),
+        ("label", "<i4"),
+        ("group", "<i4"),
+        ("frames", "<u4"),
+        ("reserved", "<u4"),
+    ]
 )
 HEADER = np.dtype(
     [

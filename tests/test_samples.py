@@ -111,7 +111,7 @@ def test_groups_are_in_the_index(tmp_path: Path) -> None:
     assert shards.frames.tolist() == [0, 0, 2]
     assert read_index(tmp_path / "x.tar")["reserved"].tolist() == [0, 0, 0]
     for text in (b"-1", b"p7", b"", b"2147483648"):
-        with pytest.raises(DataError, match="group b'.*' of sample 'a' is not an integer of 0 or more"):
+        with pytest.raises(DataError, match=r"group b'.*' of sample 'a' is not an integer of 0 or more"):
             indexed(tmp_path, [("a.jpg", b"x"), ("a.group", text)])
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from selfsight.data import digits
 from selfsight.data.decode import BadSample
 from selfsight.data.index import IMAGE_SUFFIXES, Records, read_index
+from selfsight.data.order import Ids, sample_ids
 from selfsight.errors import DataError, DataGone, UsageError
 
 OPEN_FILES = 128  # per process, well under the usual limit of 1,024
@@ -132,6 +133,10 @@ class Shards:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def ids(self, positions: Ids, seed: int) -> Ids:
+        """The samples at `positions` (P,) of a run: (P,), each once an epoch."""
+        return sample_ids(positions, len(self), seed)
 
     @property
     def labels(self) -> NDArray[np.int32]:

@@ -21,11 +21,27 @@ from selfsight.section import Section, explain, field_names
 MAX_BASES = 8
 
 
+class MixPart(Section):
+    """One set of a mixture."""
+
+    train: str | list[str]
+    """Its shards, as data.train."""
+    weight: float | None = Field(None, gt=0)
+    """What an epoch holds of it, relative to the other sets; null: as many as it has samples."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel in this set; null: data.mean."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel in this set; null: data.std."""
+
+
 class DataConfig(Section):
     """Which images, and how they become tensors."""
 
-    train: str | list[str]
+    train: str | list[str] | None = None
     """Shards to learn from: paths with {000..009} braces, globs or folders, or digits:train. Labels are not used, but for view.shift."""
+    mix: tuple[MixPart, ...] = ()
+    """In place of data.train several sets, `[{train: A, weight: 2}, {train: B}]`: an epoch has as many images as all have
+    together, of each set in proportion to its weight."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
     std: tuple[float, ...] | None = None
@@ -42,6 +58,12 @@ class DataConfig(Section):
     """Of clips and volumes, planes from one plane of the input to the next."""
     bad_share: float = Field(0.001, ge=0, le=1)
     """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
+
+    @model_validator(mode="after")
+    def _something(self) -> "DataConfig":
+        if (self.train is None) == (not self.mix):
+            raise ValueError("give either train or mix")
+        return self
 
 
 class EncoderConfig(Section):

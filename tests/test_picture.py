@@ -79,7 +79,7 @@ def test_only_what_is_shown_is_decoded_and_only_once(monkeypatch: pytest.MonkeyP
 def test_frames_of_different_sizes_are_a_bad_sample() -> None:
     with pytest.raises(BadSample, match="frames of different sizes"):
         Picture([frame(1), frame(2, 5)], Form(1, frames=2)).window(0.0)
-    with pytest.raises(BadSample, match="damaged|not an image"):
+    with pytest.raises(BadSample, match=r"damaged|not an image"):
         Picture([frame(1), b"no image at all"], Form(1, frames=2)).window(0.0)
 
 

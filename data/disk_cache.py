@@ -78,7 +78,9 @@ class DiskCache:
             except OSError as error:
                 self._broken = True
                 self.close()
-                say(f"{self.folder}: cannot be written ({error.strerror}); reading goes on without keeping what was read")
+                say(
+                    f"{self.folder}: cannot be written ({error.strerror}); reading goes on without keeping what was read"
+                )
 
     @contextmanager
     def alone(self, key: str, offset: int, size: int) -> Iterator[None]:

@@ -62,12 +62,14 @@ class HttpStore:
             if answer.status == 206 and span and (int(span[1]), int(span[2])) != (offset, offset + size - 1):
                 raise Away(f"the server gave the range {span[0]}, asked for {offset}-{offset + size - 1}")
             length = answer.getheader("Content-Length", "")
-            if answer.status == 200 and not (offset == 0 and length == str(size)):  # not read: it may be the whole shard
+            if answer.status == 200 and not (
+                offset == 0 and length == str(size)
+            ):  # not read: it may be the whole shard
                 raise Away("the server gives no ranges of an object; copy the shards to a disk", tries=UNFIT)
             return _body(answer, size, end)
 
     def list(self, pattern: Address, end: float) -> list[Address]:
-        raise UsageError(f"{pattern}: a web server lists nothing; name the shards with braces: x-{{000..009}}.tar")
+        raise UsageError(f"{pattern}: a web server lists nothing; name the shards with braces, x-{{000..009}}.tar")
 
     @contextmanager
     def _get(self, address: Address, headers: Mapping[str, str], end: float) -> Iterator[http.client.HTTPResponse]:
@@ -161,7 +163,7 @@ def _refuse(answer: http.client.HTTPResponse) -> None:
     status = answer.status
     if status in PASSING or status >= 500:
         raise Away(f"HTTP {status}", after=_retry_after(answer.getheader("Retry-After", "")))
-    if 400 <= status and status not in (412, 416):
+    if status >= 400 and status not in (412, 416):
         raise Refused(f"HTTP {status} {answer.reason}", missing=status in (404, 410))
     if answer.getheader("Content-Encoding", "identity").lower() not in ("", "identity"):
         raise Away("the server compresses what it was asked to leave as it is", tries=UNFIT)

@@ -55,7 +55,9 @@ def _in_blocks(epoch: Ids, index: Ids, size: int, seed: int, block: int) -> Ids:
     turn, within = np.divmod(place + (place >= short * block + rest) * lacking, block)
     others = turn != short
     found = np.full_like(turn, whole)
-    found[others] = _permuted((turn - (turn > short))[others], keyed.hashes(seed, "blocks", epoch[others], ROUNDS), whole)
+    found[others] = _permuted(
+        (turn - (turn > short))[others], keyed.hashes(seed, "blocks", epoch[others], ROUNDS), whole
+    )
     return found * block + within
 
 

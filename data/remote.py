@@ -169,7 +169,7 @@ class RemoteReader:
             return self._store(address).read(address, span.start, span.end - span.start, seen.version, end)
         except Changed as error:
             if self._store(address).look(address, end) == seen:  # one answer of another kind: a cache on the way
-                raise Away(error.strerror) from None
+                raise Away(str(error.strerror)) from None
             raise ShardChanged(changed(address)) from None
 
     def _same(self, shard: int) -> None:

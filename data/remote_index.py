@@ -111,7 +111,7 @@ def _made(store: Store, address: Address, seen: Object) -> Path:
         with _alone(path):
             if not path.exists():  # nor has another process made it meanwhile
                 say(f"{address}: no index beside it; reading it once ({seen.size / 1e6:,.1f} MB)")
-                records, left = _walked(store, address, seen, "error")
+                records, _ = _walked(store, address, seen, "error")
                 write_index(path, records, seen.size)
     return path
 

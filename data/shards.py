@@ -35,6 +35,10 @@ T = TypeVar("T")
 class Shards:
     """N samples in tars, by number. Cheap to send to a worker: files are opened by the process that reads them.
 
+    Args:
+        spec: see `find_shards`.
+        block: neighbours that the order keeps near each other (`order.sample_ids`), and that are read together from afar.
+
     Raises:
         DataError: shards that are missing, or whose index is missing, damaged or stale.
     """
@@ -42,8 +46,8 @@ class Shards:
     patience = PATIENCE
     """Seconds for which a file that cannot be read is tried again."""
 
-    def __init__(self, spec: str | Sequence[str]) -> None:
-        self.paths = find_shards(spec)
+    def __init__(self, spec: str | Sequence[str], block: int = 1) -> None:
+        self.paths, self.block = find_shards(spec), block
         self.spec = spec if isinstance(spec, str) else " ".join(spec)
         addresses = [path for path in self.paths if isinstance(path, Address)]
         far = dict(zip(addresses, looked_at(addresses) if addresses else [], strict=True))
@@ -80,7 +84,7 @@ class Shards:
 
     def ids(self, positions: Ids, seed: int) -> Ids:
         """The samples at `positions` (P,) of a run: (P,), each once an epoch."""
-        return sample_ids(positions, len(self), seed)
+        return sample_ids(positions, len(self), seed, self.block)
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -137,11 +141,10 @@ class Shards:
         """The encoded images in the bytes of a sample: its one image, or the frames of a clip in order."""
         return [body]
 
-    def prefetch(self, samples: Iterable[int], block: int = 1, keep: bool = True) -> None:
+    def prefetch(self, samples: Iterable[int], keep: bool = True) -> None:
         """Begin to read samples of remote shards; local ones need no such thing. Returns at once, and raises nothing.
 
         Args:
-            block: neighbours that the order keeps near each other (`order.sample_ids`): they are read together.
             keep: whether they are needed soon; else they only come to the cache on the disk.
         """
         if not self.remote:
@@ -150,7 +153,7 @@ class Shards:
         wants = {
             Want(shard, *record.item()[:3]): int(sample) for sample, shard, record in located if self._indexes[shard]
         }
-        around = (lambda want: self._block_of(wants[want], block)) if block > 1 else None
+        around = (lambda want: self._block_of(wants[want])) if self.block > 1 else None
         if keep:
             self._far.ask(list(wants), around)
         elif around:
@@ -164,12 +167,12 @@ class Shards:
             self._reader = RemoteReader(addresses, seen, NETWORK * self.patience)
         return self._reader
 
-    def _block_of(self, sample: int, block: int) -> Span:
+    def _block_of(self, sample: int) -> Span:
         """The bytes of a sample's block, as far as it lies in one shard."""
         shard, _ = self._locate(sample)
         start, end = self._starts[shard : shard + 2]
-        first = max(start, sample // block * block) - start
-        those = self._records[shard][first : min(end, (sample // block + 1) * block) - start]
+        first = max(start, sample // self.block * self.block) - start
+        those = self._records[shard][first : min(end, (sample // self.block + 1) * self.block) - start]
         return Span(shard, int(those["offset"].min()), int((those["offset"] + those["size"]).max()))
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:

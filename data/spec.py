@@ -2,7 +2,6 @@
 
 import glob
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +36,9 @@ def find_shards(spec: str | Sequence[str]) -> list[Path | Address]:
         elif remote(part):
             shards += [shard for pattern in _patterns(part) for shard in _listed(Address(pattern))]
         else:
-            shards += [shard for pattern in _patterns(part.removeprefix("file://")) for shard in _expand(_path(pattern))]
+            shards += [
+                shard for pattern in _patterns(part.removeprefix("file://")) for shard in _expand(_path(pattern))
+            ]
     lost = [str(shard) for shard in shards if isinstance(shard, Path) and not shard.is_file()]
     if lost:
         raise DataError(
@@ -94,14 +95,13 @@ def _expand(path: Path) -> list[Path]:
 
 def _listed(address: Address) -> list[Address]:
     """The address itself, or what its glob or folder holds. A name without a dot is a folder's."""
-    folder = "." not in address.name or address.path.endswith("/")
-    if not glob.has_magic(address.path) and not folder:
+    pattern, magic = address, any(sign in address.path for sign in "*[")  # ? begins a query, of versions for example
+    if address.scheme in WEB and not magic and not address.path.endswith("/"):
+        return [address]  # a link to download from may have any name
+    if not magic and ("." not in address.name or address.path.endswith("/")):
+        pattern = Address(address.url.rstrip("/") + "/*.tar")
+    elif not magic:
         return [address]
-    if address.scheme in WEB:
-        if folder and not glob.has_magic(address.path):
-            return [address]  # a download link may have any name
-        raise UsageError(f"{address}: a web server lists nothing; name the shards with braces, x-{{000..009}}.tar")
-    pattern = Address(address.url.rstrip("/") + "/*.tar") if folder else address
     store = open_store(address.scheme)
     try:
         found = patiently(lambda end: store.list(pattern, end), TOTAL / 2)

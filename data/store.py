@@ -99,7 +99,7 @@ class Address:
         return Address(head + suffix + mark + query)
 
     def __str__(self) -> str:
-        host, slash, path = self.path.partition("/")
+        host, slash, path = self.path.split("?")[0].partition("/")
         return f"{self.scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
@@ -132,7 +132,9 @@ def remote(part: str) -> bool:
         return True
     near = get_close_matches(scheme, SCHEMES, 1, 0.5)
     hint = f" (did you mean {near[0]}://?)" if near else ""
-    raise UsageError(f"{Address(part)}: {scheme}: is not read{hint}; shards are local paths or {'://, '.join(SCHEMES)}://")
+    raise UsageError(
+        f"{Address(part)}: {scheme}: is not read{hint}; shards are local paths or {'://, '.join(SCHEMES)}://"
+    )
 
 
 def open_store(scheme: str) -> Store:
@@ -213,8 +215,8 @@ class FsspecStore:
     def list(self, pattern: Address, end: float) -> list[Address]:
         return [Address(f"{self.scheme}://{path}") for path in sorted(self._call("glob", end, pattern.path))]
 
-    def _call(self, method: str, end: float, *arguments: Any, **named: Any) -> Any:
-        seconds = max(0.01, min(TOTAL, end - time.monotonic()))
+    def _call(self, method: str, deadline: float, *arguments: Any, **named: Any) -> Any:
+        seconds = max(0.01, min(TOTAL, deadline - time.monotonic()))
         try:
             if not self.files.async_impl:
                 return getattr(self.files, method)(*arguments, **named)

@@ -30,15 +30,13 @@ def find_shards(spec: str | Sequence[str]) -> list[Path | Address]:
         UsageError: a kind of address that is not read.
     """
     shards: list[Path | Address] = []
-    for part in [spec] if isinstance(spec, str) else spec:
+    for part in (one.removeprefix("file://") for one in ([spec] if isinstance(spec, str) else spec)):
         if part.startswith("digits:"):
             shards += digits.shards(part.removeprefix("digits:"))
         elif remote(part):
             shards += [shard for pattern in _patterns(part) for shard in _listed(Address(pattern))]
         else:
-            shards += [
-                shard for pattern in _patterns(part.removeprefix("file://")) for shard in _expand(_path(pattern))
-            ]
+            shards += [shard for pattern in _patterns(part) for shard in _expand(_path(pattern))]
     lost = [str(shard) for shard in shards if isinstance(shard, Path) and not shard.is_file()]
     if lost:
         raise DataError(

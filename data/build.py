@@ -19,7 +19,8 @@ from PIL import Image
 
 from selfsight.data import digits
 from selfsight.data.decode import open_image, pillow_image
-from selfsight.data.index import IMAGE_SUFFIXES, UNLABELLED, build_index
+from selfsight.data.index import UNLABELLED, build_index
+from selfsight.data.samples import IMAGE_SUFFIXES, is_image
 from selfsight.data.shards import Shards, find_shards
 from selfsight.errors import DataError, StorageError, UsageError
 
@@ -179,7 +180,7 @@ def _encode(image: Image.Image | bytes, encoding: Encoding) -> tuple[str, bytes]
 
 def _folder(source: Path, unlabelled: bool) -> tuple[list[str], Samples]:
     """Images below a folder; its subfolders are classes unless images lie beside them."""
-    files = sorted(path for path in source.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES and path.is_file())
+    files = sorted(path for path in source.rglob("*") if is_image(path.name) and path.is_file())
     if not files:
         raise DataError(f"{source}: no images below this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     tops = [path.relative_to(source).parts[0] for path in files]

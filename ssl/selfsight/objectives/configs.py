@@ -41,6 +41,8 @@ class MAEConfig(ObjectiveConfig):
     """Which objective."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of the patches that is hidden."""
+    masking: Literal["random", "tube"] = "random"
+    """Of volumes and channel tokens: patches one by one, or the same places in every plane (tubes, VideoMAE, arXiv 2203.12602)."""
     predict_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the hidden patches that the decoder rebuilds (dual masking, VideoMAE V2, arXiv 2303.16727)."""
     decoder_width: int = Field(512, ge=8, le=32768)

@@ -29,8 +29,8 @@ class Setting(NamedTuple):
     data: str
     """The id of the data."""
     seed: int
-    clips: bool = False
-    """Whether its samples are clips of several frames."""
+    clips: bool | None = None
+    """Whether its samples are clips of several frames; None: not known."""
 
 
 class Loss(NamedTuple):

@@ -92,7 +92,10 @@ class VICRegConfig(ObjectiveConfig):
     view: View = View(**_STRONG)
     """The first view."""
     second_view: View | None = None
-    """The second view; null: made as the first. With `shift`, another frame of the same clip: temporal pairs."""
+    """The second view; null: made as the first. Of clips, another moment; with `shift`, another frame of a clip in a folder."""
+    order: float = Field(0.0, ge=0)
+    """Weight of temporal order verification, for clips (Misra, Zitnick, Hebert 2016, arXiv 1603.08561): the views show the
+    first two of three moments, a third view the last one, and a linear layer says whether they are in order. 0: none."""
 
 
 class RotationConfig(ObjectiveConfig):

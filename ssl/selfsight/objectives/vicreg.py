@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsight.data.loader import Batch
-from selfsight.data.views import View
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.objectives.across import GlobalBatchNorm, gather

@@ -9,7 +9,8 @@ def sincos(width: int, grid: tuple[int, ...], prefix: int = 0) -> Tensor:
 
     Of (rows, columns), the first half of the width encodes the column, the second the row, each as sines then cosines at
     frequencies 10000^(-i / (width / 4)). Of (planes, rows, columns), the sum of the patch's embedding in its plane and
-    the plane's own, `sincos_line` (separable, as in Feichtenhofer et al. 2022, arXiv 2205.09113, section 3.1).
+    the plane's own, `sincos_line` (separable, as in Feichtenhofer et al. 2022, arXiv 2205.09113, section 3.1); a single
+    plane has none.
 
     Raises:
         ValueError: a width that is not a multiple of 4.
@@ -21,7 +22,7 @@ def sincos(width: int, grid: tuple[int, ...], prefix: int = 0) -> Tensor:
     angles = [axis.flatten()[:, None] * frequency for axis in (columns, rows)]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
     table = table.float()
-    if len(grid) == 3:
+    if len(grid) == 3 and grid[0] > 1:
         table = (sincos_line(width, grid[0])[:, None] + table).flatten(0, 1)
     return torch.cat([torch.zeros(prefix, width), table])
 

@@ -22,9 +22,9 @@ from selfsight import keyed
 from selfsight.data.colour import DRAWS, change_colour
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import BadSample, Form, Pixels
-from selfsight.data.order import rank_positions, sample_ids
+from selfsight.data.mixture import Mixture, Samples
+from selfsight.data.order import WINDOW, rank_positions
 from selfsight.data.picture import Picture
-from selfsight.data.shards import Shards
 from selfsight.data.views import View
 from selfsight.errors import DataError
 
@@ -62,7 +62,7 @@ class HostBatch(NamedTuple):
 class Batches(Dataset[HostBatch]):
     """The micro-batches of one rank, by number: number = step * accumulate + micro."""
 
-    shards: Shards
+    shards: Samples
     makers: tuple[ViewMaker, ...]
     seed: int
     form: Form
@@ -95,13 +95,30 @@ class Batches(Dataset[HostBatch]):
         return replace(self, report=report)
 
     def __getitem__(self, number: int) -> HostBatch:
-        step, micro = divmod(number, self.accumulate)
-        positions = rank_positions(step, self.batch_size, self.rank, self.world, micro, self.accumulate)
-        ids = sample_ids(positions, len(self.shards), self.seed)
+        positions, ids = self._positions(number), self._ids(number)
+        if self.shards.remote:
+            self._prefetch(number, ids)
         if self.augmentations is None:
             return self.make(positions, ids, positions)
         samples = len(self.shards)
         return self.make(positions, ids, positions // samples % self.augmentations * samples + ids)
+
+    def _positions(self, number: int) -> NDArray[np.int64]:
+        step, micro = divmod(number, self.accumulate)
+        return rank_positions(step, self.batch_size, self.rank, self.world, micro, self.accumulate)
+
+    def _ids(self, number: int) -> NDArray[np.int64]:
+        return self.shards.ids(self._positions(number), self.seed)
+
+    def _prefetch(self, number: int, ids: NDArray[np.int64]) -> None:
+        """Ask for this batch, and for those that this worker will make: DataLoader deals the numbers out in turn."""
+        worker = torch.utils.data.get_worker_info()
+        turn = worker.num_workers if worker else 1
+        self.shards.prefetch(ids)
+        self.shards.prefetch(self._ids(number + turn))
+        if self.shards.block > 1:  # the next window's blocks, which its first batches all touch, while this one is used
+            window = -(-WINDOW * self.shards.block * self.accumulate // (self.batch_size * turn)) * turn
+            self.shards.prefetch(self._ids(number + window), keep=False)
 
     def make(self, positions: NDArray[np.int64], ids: NDArray[np.int64], keys: NDArray[np.int64]) -> HostBatch:
         """The views of these samples with these augmentations."""
@@ -271,14 +288,19 @@ class Placer:
     seed: int
     range: tuple[float, float] = (0.0, 255.0)
     """Stored values that become 0 and 1."""
+    samples: Mixture | None = None
+    """Where each set has statistics of its own: `mean` and `std` are theirs, one above the other (K, C, 1, 1)."""
 
     def __call__(self, host: HostBatch, progress: float = 0.0) -> Batch:
         """The batch that an objective sees, when this share of the run is done."""
-        made = []
+        made, mean, std = [], self.mean, self.std
+        if self.samples:
+            sets = torch.from_numpy(self.samples.set_of(host.ids.numpy())).to(mean.device, non_blocking=True)
+            mean, std = mean[sets], std[sets]
         for number, (view, pixels) in enumerate(zip(self.views, host.views, strict=True)):
             pixels = unit(pixels.to(self.mean.device, non_blocking=True), self.range)
             draws = keyed.uniform(self.seed, f"colour {number}", host.keys.numpy(), DRAWS)
-            made.append((change_colour(pixels, view, draws) - self.mean) / self.std)
+            made.append((change_colour(pixels, view, draws) - mean) / std)
         return Batch(tuple(made), host.positions, self.seed, host.keys, progress)
 
 

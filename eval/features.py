@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from selfsight.data.crops import resize_and_crop
 from selfsight.data.decode import Form
 from selfsight.data.loader import loader, normalize, unit
+from selfsight.data.mixture import Samples
 from selfsight.data.picture import Picture
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, Preprocessing
@@ -36,7 +37,7 @@ class Features(NamedTuple):
 class CentralCrops(Dataset[Tensor]):
     """Evaluation's view of given samples, in batches: item n is (b, C, S, S), of planes the middle ones (b, C, D, S, S)."""
 
-    shards: Shards
+    shards: Samples
     ids: np.ndarray
     size: int
     form: Form
@@ -46,7 +47,7 @@ class CentralCrops(Dataset[Tensor]):
     step: int = 1
 
     @classmethod
-    def of(cls, shards: Shards, ids: np.ndarray, made: Preprocessing, size: int | None = None) -> "CentralCrops":
+    def of(cls, shards: Samples, ids: np.ndarray, made: Preprocessing, size: int | None = None) -> "CentralCrops":
         """The view that belongs to an encoder, in its size or another."""
         size = size or made.image_size
         return cls(shards, ids, size, made.form, made.interpolation, made.crop_pct, BATCH, made.step)

@@ -145,7 +145,7 @@ def axes(**how: Any) -> dict[str, Any]:
         (dicom([bytes(encode(WIDE, photometric_interpretation=2))], syntax=JPEG_2000, Rows=64, Columns=80, BitsAllocated=16, BitsStored=16, HighBit=15), WIDE[None]),
         (nifti(STACK.astype(np.int16)), STACK.astype(np.int16).T[None]),
         (nifti(STACK.astype(np.int16), two=True), STACK.astype(np.int16).T[None]),
-        (gzip.compress(nifti(STACK.astype(np.int16))), STACK.astype(np.int16).T[None]),
+        (gzip.compress(nifti(STACK.astype(np.int16)), mtime=0), STACK.astype(np.int16).T[None]),
         (nifti(STACK.astype(np.int16), np.diag([-1, 2, -3, 1])), STACK.astype(np.int16)[::-1, :, ::-1].T[None]),
         (nifti(STACK.astype(np.int16), np.array([[0, 0, 2, 1], [0, 3, 0, 2], [1, 0, 0, 3], [0, 0, 0, 1]])), STACK.astype(np.int16)[None]),
         (nifti(STACK.astype(np.int16), slope=(0.5, -3)), STACK.astype(np.int16).T[None] * np.float32(0.5) - 3),
@@ -238,8 +238,8 @@ def plain_images() -> list[bytes]:
         png(grey.convert("RGB")),
         b"no image",
         b"",
-        gzip.compress(b"no NIfTI"),
-        gzip.compress(bytes(600)),
+        gzip.compress(b"no NIfTI", mtime=0),
+        gzip.compress(bytes(600), mtime=0),
     ]
     for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"):
         out = BytesIO()
@@ -296,8 +296,8 @@ BAD = [
     (dicom([jpeg_2000(64)], syntax="1.2.840.10008.1.2.4.70", Rows=64, Columns=64), "transfer syntax 1.2.840.10008.1.2.4.70"),
     (dicom(BANDS[0]) + b"1.2.840.10008.1.2.1.99", "deflated"),
     (nifti(STACK.astype(np.int16))[:-10], "truncated"),
-    (gzip.compress(nifti(STACK.astype(np.int16)))[:-12], "damaged NIfTI"),
-    (gzip.compress(nifti(STACK.astype(np.int16)))[:-8] + bytes(8), "damaged NIfTI"),
+    (gzip.compress(nifti(STACK.astype(np.int16)), mtime=0)[:-12], "damaged NIfTI"),
+    (gzip.compress(nifti(STACK.astype(np.int16)), mtime=0)[:-8] + bytes(8), "damaged NIfTI"),
     (nifti(np.zeros((2, 2, 2, 2, 2), np.int16)), "5 axes"),
     (nifti(np.full((4, 4, 4), np.nan, np.float32)), "NaN or infinity"),
     (nifti(np.zeros((4, 4, 4), np.complex64)), "dtype complex64"),

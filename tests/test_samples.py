@@ -109,7 +109,6 @@ def test_groups_are_in_the_index(tmp_path: Path) -> None:
     shards = indexed(tmp_path, files)
     assert shards.groups.tolist() == [12, -1, 0]
     assert shards.frames.tolist() == [0, 0, 2]
-    assert read_index(tmp_path / "x.tar")["reserved"].tolist() == [0, 0, 0]
     for text in (b"-1", b"p7", b"", b"2147483648"):
         with pytest.raises(DataError, match=r"group b'.*' of sample 'a' is not an integer of 0 or more"):
             indexed(tmp_path, [("a.jpg", b"x"), ("a.group", text)])
@@ -155,3 +154,18 @@ def test_a_clip_that_is_not_what_the_index_knew_is_a_bad_sample(tmp_path: Path) 
             assert len(split_clip(bytes(raw), 3)) == 3
         except BadSample:
             continue
+
+
+def test_pngs_of_one_size_have_fingerprints_of_their_own(tmp_path: Path) -> None:
+    """Of their CRC-32 only 16 bits tell them apart."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 8, 8), np.uint8)
+    members = []
+    for number, image in enumerate(pixels):
+        out = BytesIO()
+        Image.fromarray(image).save(out, "PNG", compress_level=0)
+        members.append((f"{number}.png", out.getvalue()))
+    indexed(tmp_path, [*members, ("copy.png", members[7][1])])
+    records = read_index(tmp_path / "x.tar")
+    assert len(np.unique(records["size"])) == 1
+    assert len(np.unique(records["crc"])) < 1990
+    assert len(np.unique(Shards(str(tmp_path / "x.tar")).prints)) == len(np.unique(records["print"])) == 2000

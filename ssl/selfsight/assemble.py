@@ -1,6 +1,7 @@
 """From a recipe to the parts of a run, and from the parts to a checkpoint and back."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
@@ -15,15 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfsight import __version__, checkpoint
 from selfsight.data.crops import ViewMaker
 from selfsight.data.loader import Batches, Placer
+from selfsight.data.mixture import Mixture, Samples
 from selfsight.data.shards import Shards
-from selfsight.encoder import Encoder, build_encoder, preprocessing_of
+from selfsight.encoder import Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
 from selfsight.optim import build_optimizer
 from selfsight.past import Past
-from selfsight.recipe import Recipe, merge, validate
+from selfsight.recipe import DataConfig, MixPart, Recipe, merge, validate
 from selfsight.run_folder import differences
 from selfsight.weights import load_weights
 
@@ -33,7 +35,7 @@ class Parts:
     """Everything that a run is made of. Only what `tensors` returns changes while it trains."""
 
     recipe: Recipe
-    shards: Shards
+    shards: Samples
     encoder: Encoder
     objective: Objective
     optimizer: torch.optim.AdamW
@@ -75,6 +77,9 @@ class Parts:
     def placer(self, device: torch.device) -> Placer:
         """What makes a batch for the objective, on the device."""
         made = self.encoder.preprocessing
+        if own := own_statistics(self.recipe.data.mix, made, device):
+            assert isinstance(self.shards, Mixture)
+            return Placer(self.objective.views, *own, self.recipe.seed, made.values, self.shards)
         return Placer(self.objective.views, *made.statistics(device), self.recipe.seed, made.values)
 
     def fingerprint(self, recipe: Recipe | None = None) -> dict[str, Any]:
@@ -87,6 +92,7 @@ class Parts:
             train["deterministic"] = tree["train"]["deterministic"]
         data = tree["data"] | {"train": self.shards.id}
         del data["bad_share"]
+        data["mix"] = [{key: value for key, value in part.items() if key != "train"} for part in data["mix"]]
         parts = {key: tree[key] for key in ("encoder", "objective", "optim")}
         given = {"given to the objective": self.objective.outside} if self.objective.outside else {}
         return {"seed": tree["seed"], "data": data, "train": train} | parts | given
@@ -148,13 +154,39 @@ def libraries() -> dict[str, str]:
     return {"torch": torch.__version__, "pillow": PIL.__version__, "numpy": np.__version__, "timm": timm.__version__}
 
 
+def open_samples(data: DataConfig) -> Samples:
+    """The one set of a recipe, or its mixture."""
+    if data.train is not None:
+        return Shards(data.train, data.block)
+    return Mixture([Shards(part.train) for part in data.mix], [part.weight for part in data.mix])
+
+
+def own_statistics(mix: Sequence[MixPart], made: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each set of a mixture (K, C, 1, 1); None where all have the same.
+
+    Raises:
+        UsageError: statistics of another number of channels.
+    """
+    if not any(part.mean or part.std for part in mix):
+        return None
+    for part in mix:
+        for name, values in (("mean", part.mean), ("std", part.std)):
+            if values is not None and len(values) != made.channels:
+                raise UsageError(f"data.mix: {name} has {len(values)} values for {made.channels} channels")
+        if part.std and min(part.std) <= 0:
+            raise UsageError("data.mix: std must be above 0")
+    stacked = [made._replace(mean=part.mean or made.mean, std=part.std or made.std).statistics(device) for part in mix]
+    means, stds = zip(*stacked, strict=True)
+    return torch.stack(means), torch.stack(stds)
+
+
 def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...] = ()) -> Parts:
     """Build every part on the device, with the weights that the recipe's seed gives.
 
     Raises:
         UsageError, DataError: whatever in the recipe cannot be built, before the first step.
     """
-    shards = Shards(recipe.data.train)
+    shards = open_samples(recipe.data)
     batch = recipe.train.batch_size
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")

@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 
 from selfsight import console
 from selfsight.data.loader import HostBatch
-from selfsight.data.shards import Shards
+from selfsight.data.mixture import Samples
 from selfsight.objectives.base import Loss, Objective
 from selfsight.past import Past
 
@@ -78,7 +78,7 @@ class BadSteps:
         hosts: list[HostBatch],
         losses: list[Loss],
         norm: Tensor,
-        shards: Shards,
+        shards: Samples,
     ) -> None:
         """Write this rank's samples, seeds and scalars of a bad step. A disk that is full does not end the run."""
         if self.written >= BUNDLES:

@@ -21,15 +21,33 @@ from selfsight.section import Section, explain, field_names
 MAX_BASES = 8
 
 
+class MixPart(Section):
+    """One set of a mixture."""
+
+    train: str | list[str]
+    """Its shards, as data.train."""
+    weight: float | None = Field(None, gt=0)
+    """What an epoch holds of it, relative to the other sets; null: as many as it has samples."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel in this set; null: data.mean."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel in this set; null: data.std."""
+
+
 class DataConfig(Section):
     """Which images, and how they become tensors."""
 
-    train: str | list[str]
+    train: str | list[str] | None = None
     """Shards to learn from: paths with {000..009} braces, globs or folders, or digits:train. Labels are not used, but for view.shift."""
+    mix: tuple[MixPart, ...] = ()
+    """In place of data.train several sets, `[{train: A, weight: 2}, {train: B}]`: an epoch has as many images as all have
+    together, of each set in proportion to its weight."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
+    block: int = Field(1, ge=1, le=65536)
+    """Neighbours in the shards that stay near each other in the order, to be read together over a network; 1: full shuffling."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized, in training and in evaluation."""
     crop_pct: float = Field(1.0, gt=0, le=1)
@@ -43,6 +61,14 @@ class DataConfig(Section):
     bad_share: float = Field(0.001, ge=0, le=1)
     """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
 
+    @model_validator(mode="after")
+    def _something(self) -> "DataConfig":
+        if (self.train is None) == (not self.mix):
+            raise ValueError("give either train or mix")
+        if self.mix and self.block > 1:
+            raise ValueError("block: the turns of a mixture are shuffled over the epoch; leave it at 1")
+        return self
+
 
 class EncoderConfig(Section):
     """The Vision Transformer: any timm model by name, with any of its dimensions changed."""
@@ -53,6 +79,15 @@ class EncoderConfig(Section):
     """Side of the square input, pixels."""
     channels: int = Field(3, ge=1, le=32)
     """Input channels."""
+    frames: int = Field(1, ge=1, le=1024)
+    """Planes of the input: slices of a volume or frames of a clip; 1: a plain image."""
+    tube: int = Field(1, ge=1, le=256)
+    """Planes in a patch; frames is a multiple of it."""
+    channel_tokens: bool = False
+    """Each channel has tokens of its own, by one stem for all and an embedding of the channel (ChannelViT, arXiv 2309.16108)."""
+    channel_sampling: bool = True
+    """With channel_tokens, objectives that embed whole views show a random number of random channels in each batch, so that
+    any of the channels will do later."""
     patch: int | None = Field(None, ge=1, le=1024)
     """Side of a patch, pixels; null: as the model has it."""
     width: int | None = Field(None, ge=8, le=32768)
@@ -75,6 +110,14 @@ class EncoderConfig(Section):
     """Start from these: a timm tag (`timm`: the model's default; downloads), a .safetensors file, or an exported folder."""
     pool: Literal["cls", "mean", "cls+mean", "head"] = "mean"
     """How tokens become the feature of an image; head: the timm model's own way."""
+
+    @model_validator(mode="after")
+    def _whole_tubes(self) -> "EncoderConfig":
+        if self.frames % self.tube:
+            raise ValueError(f"frames {self.frames} is not a multiple of tube {self.tube}")
+        if self.channel_tokens and self.frames > 1:
+            raise ValueError("channel_tokens and frames: the tokens are those of channels or of planes; choose one")
+        return self
 
 
 class OptimConfig(Section):

@@ -1,0 +1,129 @@
+"""Several sets as one: each gets its share of every epoch, and its own samples stay equally often.
+
+Position p of the run lies in epoch e at index i, as for one set. A permutation of the epoch's N slots says whose turn it is:
+set k has n_k of them, in proportion to its weight. The set's own position is then e * n_k + (the slot's number in its share),
+and its sample that of a run over the set alone. So a mixture is a pure function of the position, too, and a small set that
+weighs much is walked through again and again, each sample as often as the others.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from itertools import accumulate
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfsight import keyed
+from selfsight.data.order import Ids, sample_ids
+from selfsight.data.shards import Shards
+from selfsight.errors import UsageError
+
+
+class Mixture:
+    """Sets of shards read as one, samples numbered set after set.
+
+    Args:
+        sets: at least one.
+        weights: what an epoch holds of each, relative to each other; None: as many as the set has samples.
+
+    Raises:
+        UsageError: a weight so small that an epoch has no sample of the set.
+    """
+
+    def __init__(self, sets: Sequence[Shards], weights: Sequence[float | None]) -> None:
+        self.sets = list(sets)
+        self.starts = [0, *accumulate(map(len, self.sets))]
+        known = [len(own) if weight is None else weight for own, weight in zip(sets, weights, strict=True)]
+        self.shares = proportional(len(self), known)
+        for own, share in zip(self.sets, self.shares, strict=True):
+            if not share:
+                raise UsageError(f"data.mix: {own.spec}: an epoch of {len(self):,} has none of it; give it more weight")
+        self.spec = " + ".join(own.spec for own in self.sets)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def ids(self, positions: Ids, seed: int) -> Ids:
+        """The samples at `positions` (P,) of a run: (P,)."""
+        positions = np.asarray(positions, np.int64)
+        slots = sample_ids(positions, len(self), seed)
+        ends = np.cumsum(self.shares)
+        owner = np.searchsorted(ends, slots, side="right")
+        ids = np.empty_like(slots)
+        for number, (own, share) in enumerate(zip(self.sets, self.shares, strict=True)):
+            mine = owner == number
+            if mine.any():
+                turn = positions[mine] // len(self) * share + slots[mine] - (ends[number] - share)
+                key = int(keyed.hashes(seed, f"set {number}", [0], 1)[0, 0] >> np.uint64(1))
+                ids[mine] = self.starts[number] + own.ids(turn, key)
+        return ids
+
+    def set_of(self, ids: Ids) -> Ids:
+        """Which set each sample (P,) is of."""
+        return np.searchsorted(self.starts[1:], ids, side="right")
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """Label of every sample (N,), -1 where there is none; sets name their classes each for itself."""
+        return np.concatenate([own.labels for own in self.sets])
+
+    @property
+    def id(self) -> str:
+        """A short hash of what the sets and their shares are."""
+        told = ",".join(f"{own.id}:{share}" for own, share in zip(self.sets, self.shares, strict=True))
+        return sha256(told.encode()).hexdigest()[:16]
+
+    def neighbour(self, sample: int, shift: int) -> int:
+        """As `Shards.neighbour`, within the sample's set."""
+        own, number, start = self._locate(sample)
+        return start + own.neighbour(number, shift)
+
+    def describe(self, sample: int) -> str:
+        """Where a sample lies, for messages."""
+        own, number, _ = self._locate(sample)
+        return own.describe(number)
+
+    def read(self, sample: int) -> bytes:
+        """As `Shards.read`."""
+        own, number, _ = self._locate(sample)
+        return own.read(number)
+
+    block = 1
+    """Turns are shuffled over the whole epoch, so that no neighbours come near each other."""
+
+    @property
+    def remote(self) -> bool:
+        """As `Shards.remote`."""
+        return any(own.remote for own in self.sets)
+
+    def prefetch(self, samples: Iterable[int], keep: bool = True) -> None:
+        """As `Shards.prefetch`."""
+        located = [self._locate(int(sample)) for sample in samples]
+        for own, start in zip(self.sets, self.starts[:-1], strict=True):
+            own.prefetch([number for _, number, first in located if first == start], keep)
+
+    def images(self, sample: int, body: bytes) -> list[bytes]:
+        """As `Shards.images`."""
+        own, number, _ = self._locate(sample)
+        return own.images(number, body)
+
+    def _locate(self, sample: int) -> tuple[Shards, int, int]:
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        number = bisect_right(self.starts, sample) - 1
+        return self.sets[number], sample - self.starts[number], self.starts[number]
+
+
+Samples: TypeAlias = Shards | Mixture
+
+
+def proportional(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` split in proportion to the weights, by largest remainder: whole numbers that sum to it."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_rest = sorted(range(len(weights)), key=lambda k: (shares[k] - exact[k], k))
+    for k in by_rest[: total - sum(shares)]:
+        shares[k] += 1
+    return shares

@@ -1,0 +1,141 @@
+"""Several sets as one: shares, equal use of each set's samples, statistics of each, and one integer of state.
+
+Mutations that these tests caught when they were tried: the shares of a set counted from the epoch's start anew, all sets in
+the same order, the next set's statistics, a remainder given to the smallest, ids without the set's start.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import pictures
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfsight.assemble import assemble
+from selfsight.data.build import write_shards
+from selfsight.data.mixture import Mixture, proportional
+from selfsight.data.shards import Shards
+from selfsight.errors import UsageError
+from selfsight.recipe import Recipe, validate
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    made = []
+    for number, count in enumerate((30, 7)):
+        folder = tmp_path_factory.mktemp(f"set{number}")
+        write_shards(((image, 0) for image, _ in pictures(count)), folder, "s", per_shard=11)
+        made.append(folder)
+    return made
+
+
+def sets(folders: list[Path]) -> list[Shards]:
+    return [Shards(str(folder)) for folder in folders]
+
+
+@given(st.integers(1, 5000), st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
+def test_shares_are_whole_sum_to_the_total_and_are_proportional(total: int, weights: list[float]) -> None:
+    shares = proportional(total, weights)
+    assert sum(shares) == total
+    assert all(abs(share - total * w / sum(weights)) < 1 for share, w in zip(shares, weights, strict=True))
+
+
+@pytest.mark.parametrize("weights", [(None, None), (1.0, 1.0), (1.0, 3.0), (5.0, 0.5)])
+def test_every_epoch_has_its_shares_and_every_sample_is_used_as_often(
+    folders: list[Path], weights: tuple[float | None, float | None]
+) -> None:
+    """Over whole epochs: samples of one set differ by at most one in how often they were seen."""
+    mixture = Mixture(sets(folders), weights)
+    assert len(mixture) == 37
+    ids = np.concatenate([mixture.ids(np.arange(e * 37, (e + 1) * 37), seed=3) for e in range(40)])
+    wanted = (30.0, 7.0) if weights == (None, None) else weights
+    for epoch in ids.reshape(40, 37):
+        small = int((epoch >= 30).sum())
+        assert [37 - small, small] == proportional(37, wanted)  # type: ignore[arg-type]
+    used = Counter(ids.tolist())
+    for numbers in (range(30), range(30, 37)):
+        counts = [used[i] for i in numbers]
+        assert max(counts) - min(counts) <= 1
+    if weights == (None, None):  # then every epoch is every sample once
+        assert all(sorted(epoch) == list(range(37)) for epoch in ids.reshape(40, 37).tolist())
+
+
+def test_the_order_is_a_function_of_the_position(folders: list[Path]) -> None:
+    mixture = Mixture(sets(folders), (1.0, 2.0))
+    whole = mixture.ids(np.arange(500), 1)
+    shuffled = np.random.default_rng(0).permutation(500)
+    assert np.array_equal(mixture.ids(shuffled, 1), whole[shuffled])
+    assert not np.array_equal(mixture.ids(np.arange(500), 2), whole)
+    halves = Mixture([sets(folders)[1]] * 2, (None, None)).ids(np.arange(14), 0)
+    order = [[i % 7 for i in halves.tolist() if i // 7 == half] for half in (0, 1)]
+    assert order[0] != order[1]  # sets of one size are not walked in step
+
+
+def test_samples_are_the_sets_own(folders: list[Path]) -> None:
+    first, second = sets(folders)
+    mixture = Mixture([first, second], (None, None))
+    for sample, (own, number) in {0: (first, 0), 29: (first, 29), 30: (second, 0), 36: (second, 6)}.items():
+        assert mixture.read(sample) == own.read(number)
+        assert mixture.describe(sample) == own.describe(number)
+    assert mixture.neighbour(30, 2) == 32
+    assert mixture.set_of(np.array([0, 29, 30, 36])).tolist() == [0, 0, 1, 1]
+    assert mixture.id != Mixture([first, second], (1.0, 1.0)).id
+    with pytest.raises(IndexError):
+        mixture.read(37)
+
+
+def test_a_set_without_a_share_is_refused(folders: list[Path]) -> None:
+    with pytest.raises(UsageError, match="an epoch of 37 has none of it"):
+        Mixture(sets(folders), (1.0, 1e-6))
+
+
+def recipe(folders: list[Path], tmp_path: Path, **data: Any) -> Recipe:
+    mix = [{"train": str(folder)} for folder in folders]
+    tree: dict[str, Any] = {
+        "run_dir": str(tmp_path / "run"),
+        "data": {"mix": mix} | data,
+        "encoder": {"image_size": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2},
+        "objective": {"name": "rotation", "view": {"crop_scale": None, "flip": 0.0}},
+        "train": {"epochs": 2, "batch_size": 16, "device": "cpu"},
+    }
+    return validate(tree, "test")
+
+
+def test_each_set_has_its_statistics(folders: list[Path], tmp_path: Path) -> None:
+    plain = assemble(recipe(folders, tmp_path), torch.device("cpu"))
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.25]}
+    mix = [{"train": str(folders[0])}, {"train": str(folders[1])} | own]
+    parts = assemble(recipe(folders, tmp_path, mix=mix), torch.device("cpu"))
+    host = parts.batches()[1]
+    theirs = host.ids >= 30
+    assert 0 < theirs.sum() < 16
+    found, default = (each.placer(torch.device("cpu"))(host).views[0] for each in (parts, plain))
+    mean, std = (torch.tensor(own[name]).view(3, 1, 1) for name in ("mean", "std"))
+    assert torch.allclose(found[theirs], (host.views[0][theirs].float() / 255 - mean) / std, atol=1e-6)
+    assert torch.equal(found[~theirs], default[~theirs])
+    assert parts.steps == 5  # 2 epochs of 37, in batches of 16
+    assert parts.fingerprint() != plain.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"train": "x"}, "give either train or mix"),
+        ({"mix": []}, "give either train or mix"),
+        ({"mix": [{"train": "x", "weight": 0}]}, "mix.0.weight"),
+    ],
+)
+def test_bad_mixtures_are_refused(folders: list[Path], tmp_path: Path, data: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        recipe(folders, tmp_path, **data)
+
+
+@pytest.mark.parametrize("values", [{"mean": [0.5]}, {"std": [0.1, 0.2, 0.0]}])
+def test_bad_statistics_are_refused(folders: list[Path], tmp_path: Path, values: dict[str, Any]) -> None:
+    mix = [{"train": str(folders[0])}, {"train": str(folders[1])} | values]
+    with pytest.raises(UsageError, match=r"data\.mix: (mean|std)"):
+        assemble(recipe(folders, tmp_path, mix=mix), torch.device("cpu")).placer(torch.device("cpu"))

@@ -52,12 +52,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SELFSIGHT_CACHE") or default)
 
 
-def index_path(shard: Path) -> Path:
+def index_path(shard: Path, suffix: str = ".idx") -> Path:
     """Beside the shard, or in the cache folder when only that one exists or can be made."""
-    beside = shard.with_name(shard.name + ".idx")
+    beside = shard.with_name(shard.name + suffix)
     if beside.exists() or os.access(shard.parent, os.W_OK):
         return beside
-    return cache_folder() / "index" / f"{sha256(str(shard.resolve()).encode()).hexdigest()[:16]}-{shard.name}.idx"
+    return cache_folder() / "index" / f"{sha256(str(shard.resolve()).encode()).hexdigest()[:16]}-{shard.name}{suffix}"
 
 
 def build_index(shard: Path | Address, *, missing: str = "error") -> Records:

@@ -215,12 +215,12 @@ def _unpacked(told: dict[str, Any]) -> Statistics:
     found.planes = Counter({int(planes): int(count) for planes, count in told["planes"].items()})
     for one in told["kinds"]:
         kind = Kind(int(one["channels"]), str(one["dtype"]))
-        bins = np.zeros((kind.channels, BINS), np.int64)
-        for row, (places, counts) in zip(bins, one["bins"], strict=True):
-            row[places] = counts
         vectors = np.array([one[name] for name in ("mean", "squares", "least", "most")], np.float64)
         if vectors.shape != (4, kind.channels) or not np.isfinite(vectors).all():
             raise ValueError("vectors of other lengths")
         mean, squares, least, most = vectors
+        bins = np.zeros((kind.channels, BINS), np.int64)
+        for row, (places, counts) in zip(bins, one["bins"], strict=True):
+            row[places] = counts
         found.kinds[kind] = Moments(int(one["samples"]), int(one["pixels"]), mean, squares, least, most, bins)
     return found

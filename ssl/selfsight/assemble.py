@@ -18,6 +18,7 @@ from selfsight.data.crops import ViewMaker
 from selfsight.data.loader import Batches, Placer
 from selfsight.data.mixture import Mixture, Samples
 from selfsight.data.shards import Shards
+from selfsight.data.stats import fill_in
 from selfsight.encoder import Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
@@ -187,6 +188,8 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         UsageError, DataError: whatever in the recipe cannot be built, before the first step.
     """
     shards = open_samples(recipe.data)
+    sets = shards.sets if isinstance(shards, Mixture) else [shards]
+    recipe = recipe.model_copy(update={"data": fill_in(recipe.data, recipe.encoder.channels, sets)})
     batch = recipe.train.batch_size
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")

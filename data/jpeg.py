@@ -51,14 +51,16 @@ class Header(NamedTuple):
     """One scan of rows in order, and an end where it belongs."""
 
 
-def decode_jpeg(body: bytes, channels: int, needs: Needs | None = None) -> NDArray[np.uint8] | None:
+def decode_jpeg(body: bytes, channels: int, most: int, needs: Needs | None = None) -> NDArray[np.uint8] | None:
     """Upright pixels (C, H, W), a view of interleaved ones, of 1 or 3 channels; None: Pillow must decide.
 
-    None is the answer to what is no JPEG, or is rotated, CMYK, of a rarer kind, of colours where grey is wanted, or
-    damaged, and where simplejpeg is not installed. The rows beyond those in need may be anything.
+    None is the answer to what is no JPEG, or is rotated, CMYK, of a rarer kind, of colours where grey is wanted, damaged, or
+    of more than `most` pixels, and where simplejpeg is not installed. The rows beyond those in need may be anything.
     """
     header = read_header(body) if body.startswith(b"\xff\xd8\xff") and library() else None
-    if header is None or not header.upright or not (header.components == channels or header.components < channels == 3):
+    if header is None or not header.upright or header.width * header.height > most:
+        return None
+    if header.components != channels and (header.components, channels) != (1, 3):
         return None
     need = needs(header.width, header.height) if needs else Need(header.height)
     if need.reduction > 1:

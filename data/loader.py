@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from selfsight import keyed
 from selfsight.data.colour import DRAWS, change_colour
-from selfsight.data.crops import ViewMaker
+from selfsight.data.crops import Drawn, ViewMaker, needed
 from selfsight.data.decode import BadSample, Form, Pixels
+from selfsight.data.jpeg import Needs
 from selfsight.data.mixture import Mixture, Samples
 from selfsight.data.order import rank_positions
 from selfsight.data.picture import Picture
@@ -74,6 +76,10 @@ class Batches(Dataset[HostBatch]):
     """So many augmentations of each sample, one an epoch in turn; None: every epoch has its own."""
     step: int = 1
     """Planes between the planes of a window."""
+    repeat: int = 1
+    """Positions in a row that show the same sample, decoded once (repeated augmentation, Hoffer et al. 2020)."""
+    reduce: bool = False
+    """Decode JPEGs at half the size or less where every crop is at least twice its view: not the same pixels."""
     condemned: Mapping[int, str] = field(default_factory=dict)
     """Samples that took down whoever decoded them, and how: bad without being read."""
     report: Callable[[int], None] | None = None
@@ -97,55 +103,72 @@ class Batches(Dataset[HostBatch]):
     def __getitem__(self, number: int) -> HostBatch:
         step, micro = divmod(number, self.accumulate)
         positions = rank_positions(step, self.batch_size, self.rank, self.world, micro, self.accumulate)
-        ids = self.shards.ids(positions, self.seed)
+        samples, groups = len(self.shards), positions // self.repeat
+        ids = self.shards.ids(groups, self.seed)
         if self.augmentations is None:
             return self.make(positions, ids, positions)
-        samples = len(self.shards)
-        return self.make(positions, ids, positions // samples % self.augmentations * samples + ids)
+        seen = groups // samples * self.repeat + positions % self.repeat  # times that the sample was shown before
+        return self.make(positions, ids, seen % self.augmentations * samples + ids)
 
     def make(self, positions: NDArray[np.int64], ids: NDArray[np.int64], keys: NDArray[np.int64]) -> HostBatch:
         """The views of these samples with these augmentations."""
-        draws = [maker.draws(keys) for maker in self.makers]
-        shifts = [maker.shifts(keys) for maker in self.makers]
+        drawn = Drawn.of(self.makers, keys)
         bad: list[Bad] = []
         made: list[list[Pixels]] = []
-        for slot, (position, key) in enumerate(zip(positions.tolist(), keys.tolist(), strict=True)):
-            rows = [draw[slot] for draw in draws], [int(shift[slot]) for shift in shifts]
-            views, ids[slot] = self._sample(position, key, int(ids[slot]), rows, bad)
+        pictures: dict[int, Picture] = {}  # of the positions that show one sample
+        for slot, (position, key, sample) in enumerate(
+            zip(positions.tolist(), keys.tolist(), ids.tolist(), strict=True)
+        ):
+            if position % self.repeat == 0:
+                pictures.clear()
+            views, ids[slot] = self._sample(slot, position, key, sample, drawn, pictures, bad)
             made.append(views)
         views_of_all = tuple(torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
         return HostBatch(views_of_all, torch.from_numpy(positions), torch.from_numpy(keys), torch.from_numpy(ids), bad)
 
     def _sample(
-        self, position: int, key: int, sample: int, rows: tuple[list[Any], list[int]], bad: list[Bad]
+        self,
+        slot: int,
+        position: int,
+        key: int,
+        sample: int,
+        drawn: Drawn,
+        pictures: dict[int, Picture],
+        bad: list[Bad],
     ) -> tuple[list[Pixels], int]:
         """The views of a sample; a bad one gives way to a substitute that depends on nothing but the key."""
+        group = slice(slot, slot + self.repeat - position % self.repeat)
+        needs = partial(needed, self.makers, [rows[group] for rows in drawn.crops], self.reduce)
         for candidate in self._candidates(key, sample):
             try:
-                picture = self._picture(candidate)
-                windows = [picture.window(maker.moment(key)) for maker in self.makers]
+                if candidate not in pictures:
+                    pictures[candidate] = self._picture(candidate, needs)
+                windows = [pictures[candidate].window(moments[slot]) for moments in drawn.moments]
             except BadSample as error:
                 bad.append(self._bad(position, candidate, error))
                 continue
-            for number, shift in enumerate(rows[1]):
-                if shift:
-                    windows[number] = self._neighbour(position, key, candidate, shift, number, bad, windows[number])
-            views = [maker(window, draw) for maker, window, draw in zip(self.makers, windows, rows[0], strict=True)]
+            for number, shifts in enumerate(drawn.shifts):
+                if shifts[slot]:
+                    windows[number] = self._neighbour(slot, position, candidate, number, drawn, bad, windows[number])
+            views = [
+                maker(window, rows[slot]) for maker, window, rows in zip(self.makers, windows, drawn.crops, strict=True)
+            ]
             return views, candidate
         raise DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1].where}: {bad[-1].reason}")
 
     def _neighbour(
-        self, position: int, key: int, sample: int, shift: int, number: int, bad: list[Bad], own: Pixels
+        self, slot: int, position: int, sample: int, number: int, drawn: Drawn, bad: list[Bad], own: Pixels
     ) -> Pixels:
         """What a view shows of a neighbour; its own if there is none, or it is bad."""
-        other = self.shards.neighbour(sample, shift)
+        other = self.shards.neighbour(sample, drawn.shifts[number][slot])
+        needs = partial(needed, self.makers[number : number + 1], [drawn.crops[number][slot : slot + 1]], self.reduce)
         try:
-            return self._picture(other).window(self.makers[number].moment(key)) if other != sample else own
+            return self._picture(other, needs).window(drawn.moments[number][slot]) if other != sample else own
         except BadSample as error:
             bad.append(self._bad(position, other, error))
             return own
 
-    def _picture(self, sample: int) -> Picture:
+    def _picture(self, sample: int, needs: Needs) -> Picture:
         if sample in self.condemned:
             raise BadSample(self.condemned[sample])
         if self.report:
@@ -153,7 +176,7 @@ class Batches(Dataset[HostBatch]):
         body = self.shards.read(sample)
         if self.report:
             self.report(sample)
-        return Picture(self.shards.images(sample, body), self.form, self.step)
+        return Picture(self.shards.images(sample, body), self.form, self.step, needs)
 
     def _bad(self, position: int, sample: int, error: BadSample) -> Bad:
         where = self.shards.describe(sample)

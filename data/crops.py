@@ -11,11 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from selfsight import keyed
 from selfsight.data.decode import Pixels
 from selfsight.data.jpeg import Need, reduction
+from selfsight.data.resample import affordable, resized_crops
 from selfsight.data.views import View
 
 CROP_TRIES = 10  # as in torchvision
@@ -86,6 +88,16 @@ class ViewMaker:
             left, top, right, bottom = self.box(pixels.shape[-1], pixels.shape[-2], draws)
             pixels = resize(pixels[..., top:bottom, left:right], self.size, self.size, self.interpolation)
         return pixels[..., ::-1] if draws[0] < self.view.flip else pixels
+
+    def of_batch(self, pixels: Tensor, draws: NDArray[np.float64]) -> Tensor:
+        """The same views as one by one, bit for bit, of images of one shape, (B, H, C, W) uint8: (B, C, size, size)."""
+        height, width = pixels.shape[1], pixels.shape[3]
+        boxes = np.array([self.box(width, height, row) for row in draws])
+        return resized_crops(pixels, boxes, draws[:, 0] < self.view.flip, self.size, self.interpolation)
+
+    def batches(self, height: int, width: int) -> bool:
+        """Whether `of_batch` makes this view of images of this size."""
+        return bool(self.view.crop_scale) and not self.view.shift and affordable(width, height, self.size)
 
 
 class Drawn(NamedTuple):

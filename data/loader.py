@@ -27,6 +27,7 @@ from selfsight.data.jpeg import Needs
 from selfsight.data.mixture import Mixture, Samples
 from selfsight.data.order import rank_positions
 from selfsight.data.picture import Picture
+from selfsight.data.pixel_cache import PixelCache
 from selfsight.data.views import View
 from selfsight.errors import DataError
 
@@ -80,6 +81,8 @@ class Batches(Dataset[HostBatch]):
     """Positions in a row that show the same sample, decoded once (repeated augmentation, Hoffer et al. 2020)."""
     reduce: bool = False
     """Decode JPEGs at half the size or less where every crop is at least twice its view: not the same pixels."""
+    cache: PixelCache | None = None
+    """The samples' pixels, decoded once."""
     condemned: Mapping[int, str] = field(default_factory=dict)
     """Samples that took down whoever decoded them, and how: bad without being read."""
     report: Callable[[int], None] | None = None
@@ -112,8 +115,13 @@ class Batches(Dataset[HostBatch]):
 
     def make(self, positions: NDArray[np.int64], ids: NDArray[np.int64], keys: NDArray[np.int64]) -> HostBatch:
         """The views of these samples with these augmentations."""
-        drawn = Drawn.of(self.makers, keys)
         bad: list[Bad] = []
+        if self.cache and all(maker.batches(*self.cache.shape[1:]) for maker in self.makers):
+            self._replace_bad(positions, ids, keys, bad)
+            pixels = self.cache.batch(ids)
+            views = tuple(maker.of_batch(pixels, maker.draws(keys)) for maker in self.makers)
+            return HostBatch(views, *map(torch.from_numpy, (positions, keys, ids)), bad)
+        drawn = Drawn.of(self.makers, keys)
         made: list[list[Pixels]] = []
         pictures: dict[int, Picture] = {}  # of the positions that show one sample
         for slot, (position, key, sample) in enumerate(
@@ -124,7 +132,22 @@ class Batches(Dataset[HostBatch]):
             views, ids[slot] = self._sample(slot, position, key, sample, drawn, pictures, bad)
             made.append(views)
         views_of_all = tuple(torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
-        return HostBatch(views_of_all, torch.from_numpy(positions), torch.from_numpy(keys), torch.from_numpy(ids), bad)
+        return HostBatch(views_of_all, *map(torch.from_numpy, (positions, keys, ids)), bad)
+
+    def _replace_bad(
+        self, positions: NDArray[np.int64], ids: NDArray[np.int64], keys: NDArray[np.int64], bad: list[Bad]
+    ) -> None:
+        """As `_sample`, where it is known beforehand which samples are bad."""
+        assert self.cache is not None
+        reasons = {**self.cache.bad, **self.condemned}
+        for slot in np.flatnonzero(np.isin(ids, list(reasons))).tolist():
+            for candidate in self._candidates(int(keys[slot]), int(ids[slot])):
+                ids[slot] = candidate
+                if candidate not in reasons:
+                    break
+                bad.append(self._bad(int(positions[slot]), candidate, BadSample(reasons[candidate])))
+            else:
+                raise self._all_bad(bad)
 
     def _sample(
         self,
@@ -154,7 +177,10 @@ class Batches(Dataset[HostBatch]):
                 maker(window, rows[slot]) for maker, window, rows in zip(self.makers, windows, drawn.crops, strict=True)
             ]
             return views, candidate
-        raise DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1].where}: {bad[-1].reason}")
+        raise self._all_bad(bad)
+
+    def _all_bad(self, bad: list[Bad]) -> DataError:
+        return DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1].where}: {bad[-1].reason}")
 
     def _neighbour(
         self, slot: int, position: int, sample: int, number: int, drawn: Drawn, bad: list[Bad], own: Pixels
@@ -171,6 +197,8 @@ class Batches(Dataset[HostBatch]):
     def _picture(self, sample: int, needs: Needs) -> Picture:
         if sample in self.condemned:
             raise BadSample(self.condemned[sample])
+        if self.cache:
+            return Picture.of(self.cache.image(sample), self.form)
         if self.report:
             self.report(READING)
         body = self.shards.read(sample)

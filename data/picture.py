@@ -23,6 +23,13 @@ class Picture:
         self.bodies, self.form, self.step, self.needs = bodies, form, step, needs
         self._frames: dict[int, Pixels] = {}
 
+    @classmethod
+    def of(cls, pixels: Pixels, form: Form) -> "Picture":
+        """An image that is decoded already."""
+        picture = cls([b""], form)
+        picture.whole = pixels
+        return picture
+
     @cached_property
     def whole(self) -> Pixels:
         """The one stored image: (C, H, W), or (C, D, H, W)."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from selfsight import keyed
 from selfsight.data.decode import Pixels
 from selfsight.data.jpeg import Need, reduction
-from selfsight.data.resample import affordable, resized_crops
+from selfsight.data.resample import Boxes, affordable, resized_crops
 from selfsight.data.views import View
 
 CROP_TRIES = 10  # as in torchvision
@@ -50,6 +50,24 @@ def crop_box(width: int, height: int, draws: NDArray[np.float64], view: View) ->
         w = max(1, round(height * view.crop_ratio[1]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def crop_boxes(width: int, height: int, draws: NDArray[np.float64], view: View) -> Boxes:
+    """`crop_box` for images of one size, from draws (B, 4 x CROP_TRIES): (B, 4)."""
+    assert view.crop_scale is not None
+    least, most = view.crop_scale
+    low, high = map(log, view.crop_ratio)
+    u_area, u_ratio, u_top, u_left = draws.reshape(len(draws), CROP_TRIES, 4).transpose(2, 0, 1)
+    area = width * height * (least + (most - least) * u_area)
+    ratio = np.exp(low + (high - low) * u_ratio)
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    left, top = np.trunc(u_left * (width - w + 1)), np.trunc(u_top * (height - h + 1))
+    first = np.arange(len(draws)), fits.argmax(1)
+    boxes = np.stack([left[first], top[first], (left + w)[first], (top + h)[first]], axis=1).astype(np.int64)
+    for row in np.flatnonzero(~fits.any(1)):
+        boxes[row] = crop_box(width, height, draws[row], view)
+    return boxes
 
 
 class ViewMaker:
@@ -92,7 +110,7 @@ class ViewMaker:
     def of_batch(self, pixels: Tensor, draws: NDArray[np.float64]) -> Tensor:
         """The same views as one by one, bit for bit, of images of one shape, (B, H, C, W) uint8: (B, C, size, size)."""
         height, width = pixels.shape[1], pixels.shape[3]
-        boxes = np.array([self.box(width, height, row) for row in draws])
+        boxes = crop_boxes(width, height, draws[:, 1:], self.view)
         return resized_crops(pixels, boxes, draws[:, 0] < self.view.flip, self.size, self.interpolation)
 
     def batches(self, height: int, width: int) -> bool:

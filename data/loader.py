@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,13 +24,14 @@ from selfsight.data.crops import Drawn, ViewMaker, needed
 from selfsight.data.decode import BadSample, Form, Pixels
 from selfsight.data.jpeg import Needs
 from selfsight.data.mixture import Mixture, Samples
-from selfsight.data.order import rank_positions
+from selfsight.data.order import Ids, rank_positions
 from selfsight.data.picture import Picture
 from selfsight.data.pixel_cache import PixelCache
 from selfsight.data.views import View
 from selfsight.errors import DataError
 
 ROWS = 256  # of a stored teacher that are made at once
+PART_BYTES = 2**20  # that are normalised at once
 READING = -1  # in place of a sample: its bytes are on their way, and nothing is its fault
 SUBSTITUTES = 16  # tries to replace a bad sample; all bad means that the data are
 
@@ -113,14 +113,14 @@ class Batches(Dataset[HostBatch]):
         seen = groups // samples * self.repeat + positions % self.repeat  # times that the sample was shown before
         return self.make(positions, ids, seen % self.augmentations * samples + ids)
 
-    def make(self, positions: NDArray[np.int64], ids: NDArray[np.int64], keys: NDArray[np.int64]) -> HostBatch:
+    def make(self, positions: Ids, ids: Ids, keys: Ids) -> HostBatch:
         """The views of these samples with these augmentations."""
         bad: list[Bad] = []
         if self.cache and all(maker.batches(*self.cache.shape[1:]) for maker in self.makers):
             self._replace_bad(positions, ids, keys, bad)
             pixels = self.cache.batch(ids)
-            views = tuple(maker.of_batch(pixels, maker.draws(keys)) for maker in self.makers)
-            return HostBatch(views, *map(torch.from_numpy, (positions, keys, ids)), bad)
+            of_all = tuple(maker.of_batch(pixels, maker.draws(keys)) for maker in self.makers)
+            return _batch(of_all, positions, keys, ids, bad)
         drawn = Drawn.of(self.makers, keys)
         made: list[list[Pixels]] = []
         pictures: dict[int, Picture] = {}  # of the positions that show one sample
@@ -132,11 +132,9 @@ class Batches(Dataset[HostBatch]):
             views, ids[slot] = self._sample(slot, position, key, sample, drawn, pictures, bad)
             made.append(views)
         views_of_all = tuple(torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
-        return HostBatch(views_of_all, *map(torch.from_numpy, (positions, keys, ids)), bad)
+        return _batch(views_of_all, positions, keys, ids, bad)
 
-    def _replace_bad(
-        self, positions: NDArray[np.int64], ids: NDArray[np.int64], keys: NDArray[np.int64], bad: list[Bad]
-    ) -> None:
+    def _replace_bad(self, positions: Ids, ids: Ids, keys: Ids, bad: list[Bad]) -> None:
         """As `_sample`, where it is known beforehand which samples are bad."""
         assert self.cache is not None
         reasons = {**self.cache.bad, **self.condemned}
@@ -229,6 +227,10 @@ class Rows(Dataset[HostBatch]):
     def __getitem__(self, number: int) -> HostBatch:
         rows = np.arange(number * ROWS, min((number + 1) * ROWS, self.rows), dtype=np.int64)
         return self.batches.make(rows, rows % len(self.batches.shards), rows)
+
+
+def _batch(views: tuple[Tensor, ...], positions: Ids, keys: Ids, ids: Ids, bad: list[Bad]) -> HostBatch:
+    return HostBatch(views, torch.from_numpy(positions), torch.from_numpy(keys), torch.from_numpy(ids), bad)
 
 
 def forkserver() -> Any:
@@ -332,9 +334,12 @@ class Placer:
             sets = torch.from_numpy(self.samples.set_of(host.ids.numpy())).to(mean.device, non_blocking=True)
             mean, std = mean[sets], std[sets]
         for number, (view, pixels) in enumerate(zip(self.views, host.views, strict=True)):
-            pixels = unit(pixels.to(self.mean.device, non_blocking=True), self.range)
+            pixels = pixels.to(self.mean.device, non_blocking=True)
+            if not view.coloured:
+                made.append(normalize(pixels, mean, std, self.range))
+                continue
             draws = keyed.uniform(self.seed, f"colour {number}", host.keys.numpy(), DRAWS)
-            made.append((change_colour(pixels, view, draws) - mean) / std)
+            made.append((change_colour(unit(pixels, self.range), view, draws) - mean) / std)
         return Batch(tuple(made), host.positions, self.seed, host.keys, progress)
 
 
@@ -345,5 +350,11 @@ def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
-    """Stored values (..., C, H, W) or (..., C, D, H, W) to float32: (unit(pixels) - mean) / std."""
-    return (unit(pixels, range) - mean) / std
+    """Stored values (B, C, H, W) or (B, C, D, H, W) to float32: (unit(pixels) - mean) / std."""
+    made = torch.empty(pixels.shape, device=pixels.device)
+    # On a CPU in parts that stay in a core's own memory between the operations: three times faster.
+    parts = 1 if made.is_cuda else max(1, min(len(made), made.nbytes // PART_BYTES))
+    tensors = pixels, made, mean.expand_as(made), std.expand_as(made)
+    for stored, out, mean_of, std_of in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
+        out.copy_(unit(stored, range)).sub_(mean_of).div_(std_of)
+    return made

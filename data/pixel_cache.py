@@ -208,5 +208,5 @@ def _header_crc(head: NDArray[np.void]) -> int:
 
 def _crc(values: NDArray[np.uint8], crc: int = 0) -> int:
     for start in range(0, len(values), AT_ONCE):
-        crc = zlib.crc32(values[start : start + AT_ONCE], crc)
+        crc = zlib.crc32(values[start : start + AT_ONCE].data, crc)
     return crc

@@ -54,15 +54,16 @@ def resized_crops(
     left, top, right, bottom = boxes.T
     columns = across.rows(left, right - left, mirrored)
     rows = down.rows(top, bottom - top, np.zeros_like(mirrored))
-    made = torch.empty(len(pixels), channels, size, size, dtype=torch.uint8)
+    made = np.empty((len(pixels), channels, size, size), np.uint8)
     for begin in range(0, len(pixels), AT_ONCE):
         some = slice(begin, begin + AT_ONCE)
         values = pixels[some].to(across.weights.dtype).view(-1, height * channels, width)
         values = _rounded(values @ across.weights[columns[some]].transpose(1, 2)).floor_()
         values = values.to(down.weights.dtype).view(-1, height, channels * size)
         values = _rounded(down.weights[rows[some]] @ values).view(-1, size, channels, size)
-        made[some] = values.transpose(1, 2)  # cuts off what is behind the point, as `floor_` does above
-    return made
+        # Cuts off what is behind the point, as `floor_` does above; three times faster in NumPy.
+        np.copyto(made[some], values.transpose(1, 2).numpy(), casting="unsafe")
+    return torch.from_numpy(made)
 
 
 def _rounded(values: Tensor) -> Tensor:

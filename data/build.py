@@ -101,7 +101,7 @@ def build(
         shutil.rmtree(draft, ignore_errors=True)
     shards = Shards(str(target))
     labels = shards.labels
-    size = sum(path.stat().st_size for path in shards.paths)
+    size = sum(path.stat().st_size for path in target.glob("*.tar"))
     return Built(target, len(shards.paths), len(shards), len(set(labels[labels >= 0].tolist())), size)
 
 
@@ -202,7 +202,7 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
     """Plain copies of (compressed) tars; rewritten only when their images are to change."""
     raw = draft / "raw"
     raw.mkdir()
-    paths = sorted(Path(source).glob("*.tar*")) if Path(source).is_dir() else find_shards(source)
+    paths = sorted(Path(source).glob("*.tar*")) if Path(source).is_dir() else _on_disk(source)
     for path in (path for path in paths if path.suffix != ".idx"):
         plain = raw / (path.name if path.suffix == ".tar" else path.name.removesuffix(path.suffix))
         if plain.exists():
@@ -223,6 +223,14 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
     shutil.rmtree(raw)
     names = paths[0].parent / "classes.json"
     return _class_names(names) if names.exists() and not unlabelled else []
+
+
+def _on_disk(source: str) -> list[Path]:
+    shards = find_shards(source)
+    paths = [path for path in shards if isinstance(path, Path)]
+    if len(paths) < len(shards):
+        raise UsageError(f"{source}: is rewritten from a disk only; copy the shards to one first")
+    return paths
 
 
 def _class_names(path: Path) -> list[str]:

@@ -24,7 +24,7 @@ from selfsight.data.crops import Drawn, ViewMaker, needed
 from selfsight.data.decode import BadSample, Form, Pixels
 from selfsight.data.jpeg import Needs
 from selfsight.data.mixture import Mixture, Samples
-from selfsight.data.order import Ids, rank_positions
+from selfsight.data.order import WINDOW, Ids, rank_positions
 from selfsight.data.picture import Picture
 from selfsight.data.pixel_cache import PixelCache
 from selfsight.data.views import View
@@ -104,14 +104,31 @@ class Batches(Dataset[HostBatch]):
         return replace(self, report=report)
 
     def __getitem__(self, number: int) -> HostBatch:
-        step, micro = divmod(number, self.accumulate)
-        positions = rank_positions(step, self.batch_size, self.rank, self.world, micro, self.accumulate)
-        samples, groups = len(self.shards), positions // self.repeat
-        ids = self.shards.ids(groups, self.seed)
+        positions, ids = self._positions(number), self._ids(number)
+        if self.shards.remote and not self.cache:
+            self._prefetch(number, ids)
         if self.augmentations is None:
             return self.make(positions, ids, positions)
-        seen = groups // samples * self.repeat + positions % self.repeat  # times that the sample was shown before
+        samples = len(self.shards)
+        seen = positions // self.repeat // samples * self.repeat + positions % self.repeat  # times that the sample was shown before
         return self.make(positions, ids, seen % self.augmentations * samples + ids)
+
+    def _positions(self, number: int) -> Ids:
+        step, micro = divmod(number, self.accumulate)
+        return rank_positions(step, self.batch_size, self.rank, self.world, micro, self.accumulate)
+
+    def _ids(self, number: int) -> Ids:
+        return self.shards.ids(self._positions(number) // self.repeat, self.seed)
+
+    def _prefetch(self, number: int, ids: Ids) -> None:
+        """Ask for this batch, and for those that this worker will make: DataLoader deals the numbers out in turn."""
+        worker = torch.utils.data.get_worker_info()
+        turn = worker.num_workers if worker else 1
+        self.shards.prefetch(ids)
+        self.shards.prefetch(self._ids(number + turn))
+        if self.shards.block > 1:  # the next window's blocks, which its first batches all touch, while this one is used
+            window = -(-WINDOW * self.shards.block * self.accumulate // (self.batch_size * turn)) * turn
+            self.shards.prefetch(self._ids(number + window), keep=False)
 
     def make(self, positions: Ids, ids: Ids, keys: Ids) -> HostBatch:
         """The views of these samples with these augmentations."""

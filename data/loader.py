@@ -109,9 +109,9 @@ class Batches(Dataset[HostBatch]):
             self._prefetch(number, ids)
         if self.augmentations is None:
             return self.make(positions, ids, positions)
-        samples = len(self.shards)
-        seen = positions // self.repeat // samples * self.repeat + positions % self.repeat  # times that the sample was shown before
-        return self.make(positions, ids, seen % self.augmentations * samples + ids)
+        groups, place = np.divmod(positions, self.repeat)
+        shown = groups // len(self.shards) * self.repeat + place  # how often the sample was shown before
+        return self.make(positions, ids, shown % self.augmentations * len(self.shards) + ids)
 
     def _positions(self, number: int) -> Ids:
         step, micro = divmod(number, self.accumulate)
@@ -127,7 +127,7 @@ class Batches(Dataset[HostBatch]):
         self.shards.prefetch(ids)
         self.shards.prefetch(self._ids(number + turn))
         if self.shards.block > 1:  # the next window's blocks, which its first batches all touch, while this one is used
-            window = -(-WINDOW * self.shards.block * self.accumulate // (self.batch_size * turn)) * turn
+            window = -(-WINDOW * self.shards.block * self.repeat * self.accumulate // (self.batch_size * turn)) * turn
             self.shards.prefetch(self._ids(number + window), keep=False)
 
     def make(self, positions: Ids, ids: Ids, keys: Ids) -> HostBatch:

@@ -191,7 +191,9 @@ def build_parser() -> argparse.ArgumentParser:
     one = _command(actions, "check", _check, "read, verify and decode every sample again")
     one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
     one.add_argument("--json", action="store_true", help="print one object")
-    one = _command(actions, "cache", _cache, "store the pixels of small images of one size, so that none is decoded again")
+    one = _command(
+        actions, "cache", _cache, "store the pixels of small images of one size, so that none is decoded again"
+    )
     one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
     one.add_argument("--channels", type=_count, default=3, help="as encoder.channels of the recipe (default: 3)")
 

@@ -206,6 +206,11 @@ def build_parser() -> argparse.ArgumentParser:
     one = _command(actions, "check", _check, "read, verify and decode every sample again")
     one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
     one.add_argument("--json", action="store_true", help="print one object")
+    one = _command(
+        actions, "cache", _cache, "store the pixels of small images of one size, so that none is decoded again"
+    )
+    one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
+    one.add_argument("--channels", type=_count, default=3, help="as encoder.channels of the recipe (default: 3)")
 
     one.add_argument(
         "--stats", action="store_true", help="write mean, std and percentiles of every channel beside the index"
@@ -403,6 +408,20 @@ def _check(options: argparse.Namespace) -> int:
     else:
         check_table(found)
     return DataError.exit_code if found["bad"] else 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from selfsight.console import progress
+    from selfsight.data.decode import Form
+    from selfsight.data.pixel_cache import build_cache
+    from selfsight.data.shards import Shards
+
+    shards = Shards(options.spec)
+    with progress("decoding", len(shards)) as bar:
+        made = build_cache(shards, Form(options.channels), bar)
+    bad = f", {len(made.bad):,} of them bad" if made.bad else ""
+    print(f"{made.path}: {len(made):,} samples of {made.shape}{bad}, {made.path.stat().st_size / 2**20:,.1f} MiB")
+    return 0
 
 
 def _recipes(options: argparse.Namespace) -> int:

@@ -206,12 +206,6 @@ def build_parser() -> argparse.ArgumentParser:
     one = _command(actions, "check", _check, "read, verify and decode every sample again")
     one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
     one.add_argument("--json", action="store_true", help="print one object")
-    one = _command(
-        actions, "cache", _cache, "store the pixels of small images of one size, so that none is decoded again"
-    )
-    one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
-    one.add_argument("--channels", type=_count, default=3, help="as encoder.channels of the recipe (default: 3)")
-
     one.add_argument(
         "--stats", action="store_true", help="write mean, std and percentiles of every channel beside the index"
     )
@@ -221,6 +215,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="an axis that a file does not name is planes, as a run with frames has it",
     )
+    one = _command(
+        actions, "cache", _cache, "store the pixels of small images of one size, so that none is decoded again"
+    )
+    one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
+    one.add_argument("--channels", type=_count, default=3, help="as encoder.channels of the recipe (default: 3)")
 
     one = _command(commands, "recipes", _recipes, "list the packaged recipes, or print the JSON schema for editors")
     one.add_argument("--schema", action="store_true", help="print the JSON schema")

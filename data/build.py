@@ -19,7 +19,8 @@ from PIL import Image
 
 from selfsight.data import digits
 from selfsight.data.decode import open_image, pillow_image
-from selfsight.data.index import IMAGE_SUFFIXES, UNLABELLED, build_index
+from selfsight.data.index import UNLABELLED, build_index
+from selfsight.data.samples import IMAGE_SUFFIXES, is_image
 from selfsight.data.shards import Shards, find_shards
 from selfsight.errors import DataError, StorageError, UsageError
 
@@ -101,7 +102,7 @@ def build(
         shutil.rmtree(draft, ignore_errors=True)
     shards = Shards(str(target))
     labels = shards.labels
-    size = sum(path.stat().st_size for path in shards.paths)
+    size = sum(path.stat().st_size for path in target.glob("*.tar"))
     return Built(target, len(shards.paths), len(shards), len(set(labels[labels >= 0].tolist())), size)
 
 
@@ -179,7 +180,7 @@ def _encode(image: Image.Image | bytes, encoding: Encoding) -> tuple[str, bytes]
 
 def _folder(source: Path, unlabelled: bool) -> tuple[list[str], Samples]:
     """Images below a folder; its subfolders are classes unless images lie beside them."""
-    files = sorted(path for path in source.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES and path.is_file())
+    files = sorted(path for path in source.rglob("*") if is_image(path.name) and path.is_file())
     if not files:
         raise DataError(f"{source}: no images below this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     tops = [path.relative_to(source).parts[0] for path in files]
@@ -202,7 +203,7 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
     """Plain copies of (compressed) tars; rewritten only when their images are to change."""
     raw = draft / "raw"
     raw.mkdir()
-    paths = sorted(Path(source).glob("*.tar*")) if Path(source).is_dir() else find_shards(source)
+    paths = sorted(Path(source).glob("*.tar*")) if Path(source).is_dir() else _on_disk(source)
     for path in (path for path in paths if path.suffix != ".idx"):
         plain = raw / (path.name if path.suffix == ".tar" else path.name.removesuffix(path.suffix))
         if plain.exists():
@@ -223,6 +224,14 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
     shutil.rmtree(raw)
     names = paths[0].parent / "classes.json"
     return _class_names(names) if names.exists() and not unlabelled else []
+
+
+def _on_disk(source: str) -> list[Path]:
+    shards = find_shards(source)
+    paths = [path for path in shards if isinstance(path, Path)]
+    if len(paths) < len(shards):
+        raise UsageError(f"{source}: is rewritten from a disk only; copy the shards to one first")
+    return paths
 
 
 def _class_names(path: Path) -> list[str]:

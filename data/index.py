@@ -1,4 +1,4 @@
-"""The index beside a shard: offset, size, CRC-32 and label of every sample, so that a sample is one `pread`.
+"""The index beside a shard: offset, size, CRC-32, label, group and frames of every sample, so that a sample is one `pread`.
 
 `x.tar` has `x.tar.idx`: a 64-byte header, then one 32-byte record a sample, memory-mapped when read. A tar in a folder
 that cannot be written has its index in the cache folder.
@@ -15,14 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfsight.console import say
-from selfsight.data.tar import Member, members
+from selfsight.data.samples import IMAGE_SUFFIXES, NONE, pair, record
+from selfsight.data.store import Address
 from selfsight.errors import DataError, StorageError
 
 MAGIC, VERSION = b"SSINDEX\0", 1
-UNLABELLED = -1
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "gif"})
+UNLABELLED = NONE
 RECORD = np.dtype(
-    [("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("group", "<i4"), ("reserved", "<u8")]
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("crc", "<u4"),
+        ("label", "<i4"),
+        ("group", "<i4"),
+        ("frames", "<u4"),
+        ("print", "<u4"),
+    ]
 )
 HEADER = np.dtype(
     [
@@ -52,16 +60,20 @@ def index_path(shard: Path) -> Path:
     return cache_folder() / "index" / f"{sha256(str(shard.resolve()).encode()).hexdigest()[:16]}-{shard.name}.idx"
 
 
-def build_index(shard: Path, *, missing: str = "error") -> Records:
+def build_index(shard: Path | Address, *, missing: str = "error") -> Records:
     """Walk one tar and write its index; see `scan`. Samples that are left out are counted aloud."""
+    if isinstance(shard, Address):
+        from selfsight.data.remote_index import build_remote_index
+
+        return build_remote_index(shard, missing)
     records, left = _walk(shard, missing)
     if left:
         say(f"{shard}: {left}; left out")
-    _write(index_path(shard), records, shard.stat().st_size)
+    write_index(index_path(shard), records, shard.stat().st_size)
     return records
 
 
-def scan(shard: Path, missing: str = "error") -> Records:
+def scan(shard: Path | Address, missing: str = "error") -> Records:
     """Walk one tar and pair images with labels by WebDataset's keys.
 
     Args:
@@ -71,11 +83,14 @@ def scan(shard: Path, missing: str = "error") -> Records:
     Raises:
         DataError: a damaged tar, a duplicate key, several images in one sample, a bad label, or no image at all.
     """
+    if isinstance(shard, Address):
+        from selfsight.data.remote_index import scan_remote
+
+        return scan_remote(shard, missing)[0]
     return _walk(shard, missing)[0]
 
 
 def _walk(shard: Path, missing: str) -> tuple[Records, str]:
-    """The records, and what was left out, in words."""
     if shard.exists() and not shard.is_file():  # a pipe would be waited on for ever
         raise DataError(f"{shard}: is not a file")
     try:
@@ -84,33 +99,50 @@ def _walk(shard: Path, missing: str) -> tuple[Records, str]:
             buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if shard.stat().st_size else b"")
     except OSError as error:
         raise DataError(f"{shard}: cannot be read ({error.strerror})") from None
+    return walk(shard, buffer, missing)
+
+
+def walk(shard: Path | Address, buffer: memoryview, missing: str) -> tuple[Records, str]:
+    """The records of a tar whose bytes are `buffer`, and what was left out, in words; see `scan`."""
     _refuse_compressed(shard, bytes(buffer[:6]))
-    samples, left = _samples(shard, buffer, missing)
-    records = np.array([_record(shard, buffer, key, fields) for key, fields in samples.items()], RECORD)
+    samples, left = pair(str(shard), buffer, missing)
+    records = np.array([record(str(shard), buffer, key, fields) for key, fields in samples.items()], RECORD)
     if not len(records):
         raise DataError(f"{shard}: holds no image (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return records, left
 
 
-def read_index(shard: Path) -> Records:
+def read_index(shard: Path | Address) -> Records:
     """The records of a shard's index, memory-mapped.
 
     Raises:
         DataError: no index, a damaged or foreign one, or a shard whose size is not the indexed one.
     """
-    path, fix = index_path(shard), f"; make it with: selfsight shards index {shard}"
+    if isinstance(shard, Address):
+        from selfsight.data.remote_index import read_remote_index
+
+        return read_remote_index(shard)
+    path = index_path(shard)
     if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is not a file{fix}")
+        raise DataError(f"{path}: is not a file; make it with: selfsight shards index {shard}")
     try:
         size = shard.stat().st_size
+    except OSError as error:
+        why = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+        raise DataError(f"{shard}: {why}") from None
+    return read_records(path, shard, size)
+
+
+def read_records(path: Path, shard: Path | Address, size: int) -> Records:
+    """The records in one file, of a shard of `size` bytes, memory-mapped."""
+    fix = f"; make it with: selfsight shards index {shard}"
+    try:
         head = np.fromfile(path, HEADER, 1)
         records = (
             np.memmap(path, RECORD, "r", HEADER.itemsize) if head.size and head["count"][0] else np.empty(0, RECORD)
         )
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{error.filename}: not found" if error.filename == str(shard) else f"{shard}: has no index{fix}"
-        ) from None
+    except FileNotFoundError:
+        raise DataError(f"{shard}: has no index{fix}") from None
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
     except ValueError:  # a file that is no whole number of records
@@ -130,58 +162,8 @@ def read_index(shard: Path) -> Records:
     return records
 
 
-def _samples(shard: Path, buffer: memoryview, missing: str) -> tuple[dict[str, dict[str, Member]], str]:
-    """Fields by key, in order of first appearance, of samples with an image, and how many have none, in words.
-
-    WebDataset's rule: the key ends at the basename's first dot.
-    """
-    samples: dict[str, dict[str, Member]] = {}
-    for member in members(buffer, str(shard)):
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, field = name.partition(".")
-        fields = samples.setdefault(folder + slash + stem, {})
-        if field.lower() in fields:
-            raise DataError(f"{shard}: {member.name!r} stands twice; keys must be unique within a shard")
-        fields[field.lower()] = member
-    lacks = {key: lack for key, fields in samples.items() if (lack := _lack(fields))}
-    found = [(lack, [key for key in lacks if lacks[key] == lack]) for lack in sorted(set(lacks.values()))]
-    left = "; ".join(f"{len(keys)} of {len(samples)} samples have {lack}, first {keys[0]!r}" for lack, keys in found)
-    if left and missing == "error":
-        raise DataError(f"{shard}: {left}; leave them out with --missing exclude")
-    return {key: fields for key, fields in samples.items() if key not in lacks}, left
-
-
-def _lack(fields: dict[str, Member]) -> str:
-    images = _images(fields)
-    if not images:
-        return "no image"
-    return "" if images[0].size else "an image of zero bytes"
-
-
-def _images(fields: dict[str, Member]) -> list[Member]:
-    return [member for field, member in fields.items() if field.rpartition(".")[2] in IMAGE_SUFFIXES]
-
-
-def _record(
-    shard: Path, buffer: memoryview, key: str, fields: dict[str, Member]
-) -> tuple[int, int, int, int, int, int]:
-    images = _images(fields)
-    if len(images) > 1:
-        raise DataError(f"{shard}: sample {key!r} holds {len(images)} images; one a sample is read")
-    _, offset, size = images[0]
-    if size >= 2**32:
-        raise DataError(f"{shard}: image {images[0].name!r} has {size} bytes")
-    label = UNLABELLED
-    if "cls" in fields:
-        _, start, length = fields["cls"]
-        text = bytes(buffer[start : start + min(length, 32)]).strip()
-        if not text.isdigit() or int(text) >= 2**31:
-            raise DataError(f"{shard}: label {text!r} of sample {key!r} is not an integer of 0 or more")
-        label = int(text)
-    return offset, size, zlib.crc32(buffer[offset : offset + size]), label, -1, 0
-
-
-def _write(path: Path, records: Records, shard_size: int) -> None:
+def write_index(path: Path, records: Records, shard_size: int) -> None:
+    """Write the index of a shard of so many bytes, whole or not at all."""
     head = np.zeros(1, HEADER)
     head["magic"], head["version"], head["count"], head["shard_size"] = MAGIC, VERSION, len(records), shard_size
     head["records_crc"] = zlib.crc32(records.tobytes())
@@ -199,7 +181,7 @@ def _header_crc(head: NDArray[np.void]) -> int:
     return zlib.crc32(head.tobytes()[: -HEADER["header_crc"].itemsize])
 
 
-def _refuse_compressed(shard: Path, start: bytes) -> None:
+def _refuse_compressed(shard: Path | Address, start: bytes) -> None:
     if start.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")):
         raise DataError(
             f"{shard}: is compressed, so that no sample can be read by its offset; "

@@ -23,7 +23,7 @@ from selfsight.data.colour import DRAWS, change_colour
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import BadSample, Form, Pixels
 from selfsight.data.mixture import Mixture, Samples
-from selfsight.data.order import rank_positions
+from selfsight.data.order import WINDOW, rank_positions
 from selfsight.data.picture import Picture
 from selfsight.data.views import View
 from selfsight.errors import DataError
@@ -95,13 +95,30 @@ class Batches(Dataset[HostBatch]):
         return replace(self, report=report)
 
     def __getitem__(self, number: int) -> HostBatch:
-        step, micro = divmod(number, self.accumulate)
-        positions = rank_positions(step, self.batch_size, self.rank, self.world, micro, self.accumulate)
-        ids = self.shards.ids(positions, self.seed)
+        positions, ids = self._positions(number), self._ids(number)
+        if self.shards.remote:
+            self._prefetch(number, ids)
         if self.augmentations is None:
             return self.make(positions, ids, positions)
         samples = len(self.shards)
         return self.make(positions, ids, positions // samples % self.augmentations * samples + ids)
+
+    def _positions(self, number: int) -> NDArray[np.int64]:
+        step, micro = divmod(number, self.accumulate)
+        return rank_positions(step, self.batch_size, self.rank, self.world, micro, self.accumulate)
+
+    def _ids(self, number: int) -> NDArray[np.int64]:
+        return self.shards.ids(self._positions(number), self.seed)
+
+    def _prefetch(self, number: int, ids: NDArray[np.int64]) -> None:
+        """Ask for this batch, and for those that this worker will make: DataLoader deals the numbers out in turn."""
+        worker = torch.utils.data.get_worker_info()
+        turn = worker.num_workers if worker else 1
+        self.shards.prefetch(ids)
+        self.shards.prefetch(self._ids(number + turn))
+        if self.shards.block > 1:  # the next window's blocks, which its first batches all touch, while this one is used
+            window = -(-WINDOW * self.shards.block * self.accumulate // (self.batch_size * turn)) * turn
+            self.shards.prefetch(self._ids(number + window), keep=False)
 
     def make(self, positions: NDArray[np.int64], ids: NDArray[np.int64], keys: NDArray[np.int64]) -> HostBatch:
         """The views of these samples with these augmentations."""

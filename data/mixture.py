@@ -7,7 +7,7 @@ weighs much is walked through again and again, each sample as often as the other
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from itertools import accumulate
 from typing import TypeAlias
@@ -89,6 +89,20 @@ class Mixture:
         """As `Shards.read`."""
         own, number, _ = self._locate(sample)
         return own.read(number)
+
+    block = 1
+    """Turns are shuffled over the whole epoch, so that no neighbours come near each other."""
+
+    @property
+    def remote(self) -> bool:
+        """As `Shards.remote`."""
+        return any(own.remote for own in self.sets)
+
+    def prefetch(self, samples: Iterable[int], keep: bool = True) -> None:
+        """As `Shards.prefetch`."""
+        located = [self._locate(int(sample)) for sample in samples]
+        for own, start in zip(self.sets, self.starts[:-1], strict=True):
+            own.prefetch([number for _, number, first in located if first == start], keep)
 
     def images(self, sample: int, body: bytes) -> list[bytes]:
         """As `Shards.images`."""

@@ -1,13 +1,11 @@
 """A set of shards as one sequence of samples, read by index: `Shards("data/train-{000..009}.tar").read(123)`."""
 
-import glob
 import os
-import re
 import time
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import accumulate
@@ -15,98 +13,32 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 
-from selfsight.data import digits
 from selfsight.data.decode import BadSample
-from selfsight.data.index import IMAGE_SUFFIXES, Records, read_index
+from selfsight.data.index import Records, read_index, read_records
 from selfsight.data.order import Ids, sample_ids
-from selfsight.errors import DataError, DataGone, UsageError
+from selfsight.data.remote import RemoteReader, ShardChanged, Span, Want, changed
+from selfsight.data.remote_index import local_index, looked_at
+from selfsight.data.samples import split_clip
+from selfsight.data.spec import find_shards
+from selfsight.data.store import Address, Object, open_store
+from selfsight.errors import DataGone
 
 OPEN_FILES = 128  # per process, well under the usual limit of 1,024
-MOST_SHARDS, MOST_LETTERS = 1_000_000, 4096
 PATIENCE = 30.0  # seconds that a file system may be away
+NETWORK = 2  # times as long may a store be away that is reached over a network
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 
 T = TypeVar("T")
 
 
-class ShardChanged(DataError):
-    """A shard that is no longer the file that was there at the start: no fault of one sample."""
-
-
-def find_shards(spec: str | Sequence[str]) -> list[Path]:
-    """The tars that a data SPEC names, in its own order: braces in sequence, globs and folders sorted by name.
-
-    Args:
-        spec: paths with `{000..009}` braces, globs, folders of tars, a list of these, or a built-in set such as
-            `digits:train`.
-
-    Raises:
-        DataError: nothing matches, or named shards are missing (all of them are listed).
-        UsageError: a kind of address that is not read.
-    """
-    shards: list[Path] = []
-    for part in [spec] if isinstance(spec, str) else spec:
-        if part.startswith("digits:"):
-            shards += digits.shards(part.removeprefix("digits:"))
-            continue
-        if "://" in part or part.startswith("pipe:"):
-            raise UsageError(f"{part.split('?')[0]}: only local paths are read; copy the shards to a disk first")
-        for pattern in _patterns(part):
-            shards += _expand(pattern)
-    lost = [str(path) for path in shards if not path.is_file()]
-    if lost:
-        raise DataError(
-            f"{len(lost)} of {len(shards)} shards are missing: {', '.join(lost[:8])}{' ...' if lost[8:] else ''}"
-        )
-    if len(set(shards)) < len(shards):
-        raise DataError(f"{spec}: names the same shard twice")
-    return shards
-
-
-def _patterns(part: str) -> list[Path]:
-    """The paths that braces stand for, unless they are more than a set can have: 40 pairs are a trillion names."""
-    try:
-        if len(part) > MOST_LETTERS or _expansions(part) > MOST_SHARDS:
-            raise UsageError(f"{part[:200]}: stands for more than {MOST_SHARDS:,} shards")
-        return [Path(pattern).expanduser() for pattern in braceexpand(part)]
-    except (ValueError, RecursionError):
-        raise UsageError(f"{part}: its braces do not match") from None
-    except RuntimeError:
-        raise UsageError(f"{part}: there is no such user's home folder") from None
-
-
-def _expansions(part: str) -> int:
-    """How many names braces stand for, at most; counted from the innermost outwards."""
-    product, inner = 1, re.compile(r"\{([^{}]*)\}")
-    while found := inner.findall(part):
-        for body in found:
-            ends = re.match(r"(-?\d+)\.\.(-?\d+)", body)
-            product *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else body.count(",") + (26 if ".." in body else 1)
-        part = inner.sub("", part)
-    return product
-
-
-def _expand(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = sorted(path.glob("*.tar"))
-        if not found:
-            images = any(file.suffix[1:].lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
-            advice = f"; pack its images first: selfsight shards build {path} FOLDER" if images else ""
-            raise DataError(f"{path}: no shards here (*.tar){advice}")
-        return found
-    if glob.has_magic(str(path)):
-        found = sorted(Path(match) for match in glob.glob(str(path)))
-        if not found:
-            raise DataError(f"{path}: no shards match")
-        return found
-    return [path]
-
-
 class Shards:
     """N samples in tars, by number. Cheap to send to a worker: files are opened by the process that reads them.
+
+    Args:
+        spec: see `find_shards`.
+        block: neighbours that the order keeps near each other (`order.sample_ids`), and that are read together from afar.
 
     Raises:
         DataError: shards that are missing, or whose index is missing, damaged or stale.
@@ -115,14 +47,31 @@ class Shards:
     patience = PATIENCE
     """Seconds for which a file that cannot be read is tried again."""
 
-    def __init__(self, spec: str | Sequence[str]) -> None:
-        self.paths = find_shards(spec)
+    def __init__(self, spec: str | Sequence[str], block: int = 1) -> None:
+        self.paths, self.block = find_shards(spec), block
         self.spec = spec if isinstance(spec, str) else " ".join(spec)
-        self._loaded: list[Records] | None = [read_index(path) for path in self.paths]
-        self._seen = [_identity(os.stat(path)) for path in self.paths]
+        addresses = [path for path in self.paths if isinstance(path, Address)]
+        far = dict(zip(addresses, looked_at(addresses) if addresses else [], strict=True))
+        self._indexes = [far[path][1] if isinstance(path, Address) else None for path in self.paths]
+        self._seen = [far[path][0] if isinstance(path, Address) else _identity(os.stat(path)) for path in self.paths]
+        self._loaded: list[Records] | None = [self._read_index(shard) for shard in range(len(self.paths))]
         self._checksums = [_checksum(records) for records in self._loaded]
         self._starts = [0, *accumulate(map(len, self._records))]
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._reader: RemoteReader | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of the shards is to be read over a network."""
+        return any(self._indexes)
+
+    def _read_index(self, shard: int) -> Records:
+        path, seen, index = self.paths[shard], self._seen[shard], self._indexes[shard]
+        if not isinstance(path, Address) or not isinstance(seen, Object) or index is None:
+            return read_index(path)
+        if not index.exists():  # the cache folder was cleaned meanwhile
+            index = local_index(open_store(path.scheme), path, seen)
+        return read_records(index, path, seen.size)
 
     @property
     def _records(self) -> list[Records]:
@@ -136,12 +85,33 @@ class Shards:
 
     def ids(self, positions: Ids, seed: int) -> Ids:
         """The samples at `positions` (P,) of a run: (P,), each once an epoch."""
-        return sample_ids(positions, len(self), seed)
+        return sample_ids(positions, len(self), seed, self.block)
 
     @property
     def labels(self) -> NDArray[np.int32]:
         """Label of every sample (N,), -1 where there is none."""
         return np.concatenate([records["label"] for records in self._records]).astype(np.int32)
+
+    @property
+    def prints(self) -> NDArray[np.uint64]:
+        """Size and fingerprint of every sample as one number (N,): of equal samples the same, of others hardly ever."""
+        return np.concatenate(
+            [
+                records["size"].astype(np.uint64) << np.uint64(32)
+                | np.where(records["print"] > 0, records["print"], records["crc"])
+                for records in self._records
+            ]
+        )
+
+    @property
+    def groups(self) -> NDArray[np.int32]:
+        """Number of the whole (patient, slide, scene) that every sample is a part of (N,), -1 where there is none."""
+        return np.concatenate([records["group"] for records in self._records]).astype(np.int32)
+
+    @property
+    def frames(self) -> NDArray[np.int64]:
+        """Frames of every sample (N,), 0 of a sample that is one image."""
+        return np.concatenate([records["frames"] for records in self._records]).astype(np.int64)
 
     @property
     def id(self) -> str:
@@ -167,7 +137,7 @@ class Shards:
         return f"{self.paths[shard].name}@{record['offset']}"
 
     def read(self, sample: int) -> bytes:
-        """The encoded image of one sample, by one `pread`.
+        """The encoded image of one sample, by one `pread`, or as `prefetch` has asked for it.
 
         Raises:
             BadSample: bytes that are not those that were indexed.
@@ -176,6 +146,8 @@ class Shards:
         """
         shard, record = self._locate(sample)
         offset, size, crc, *_ = record.item()  # one conversion: this is done for every image
+        if self._indexes[shard]:
+            return self._far.sample(Want(shard, offset, size, crc))
         for _ in range(2):  # a second read tells a passing fault from a lasting one
             try:
                 body = self._pread(shard, size, offset)
@@ -183,13 +155,48 @@ class Shards:
                 body = self._waited(shard, partial(self._pread, shard, size, offset))
             if zlib.crc32(body) == crc:
                 return body
-        if _identity(self._waited(shard, partial(os.stat, self.paths[shard]))) != self._seen[shard]:
-            raise ShardChanged(self._changed(shard))
+        if _identity(self._waited(shard, partial(os.stat, _local(self.paths[shard])))) != self._seen[shard]:
+            raise ShardChanged(changed(self.paths[shard]))
         raise BadSample(f"{self.describe(sample)}: the bytes are not those that were indexed (CRC)")
 
     def images(self, sample: int, body: bytes) -> list[bytes]:
         """The encoded images in the bytes of a sample: its one image, or the frames of a clip in order."""
-        return [body]
+        frames = int(self._locate(sample)[1]["frames"])
+        return split_clip(body, frames) if frames else [body]
+
+    def prefetch(self, samples: Iterable[int], keep: bool = True) -> None:
+        """Begin to read samples of remote shards; local ones need no such thing. Returns at once, and raises nothing.
+
+        Args:
+            keep: whether they are needed soon; else they only come to the cache on the disk.
+        """
+        if not self.remote:
+            return
+        located = ((sample, *self._locate(int(sample))) for sample in samples)
+        wants = {
+            Want(shard, *record.item()[:3]): int(sample) for sample, shard, record in located if self._indexes[shard]
+        }
+        around = (lambda want: self._block_of(wants[want])) if self.block > 1 else None
+        if keep:
+            self._far.ask(list(wants), around)
+        elif around:
+            self._far.fill(list(wants), around)
+
+    @property
+    def _far(self) -> RemoteReader:
+        if self._reader is None:
+            addresses = [path if isinstance(path, Address) else None for path in self.paths]
+            seen = [found if isinstance(found, Object) else None for found in self._seen]
+            self._reader = RemoteReader(addresses, seen, NETWORK * self.patience)
+        return self._reader
+
+    def _block_of(self, sample: int) -> Span:
+        """The bytes of a sample's block, as far as it lies in one shard."""
+        shard, _ = self._locate(sample)
+        start, end = self._starts[shard : shard + 2]
+        first = max(start, sample // self.block * self.block) - start
+        those = self._records[shard][first : min(end, (sample // self.block + 1) * self.block) - start]
+        return Span(shard, int(those["offset"].min()), int((those["offset"] + those["size"]).max()))
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         try:
@@ -214,17 +221,13 @@ class Shards:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _reopened(self, shard: int) -> Records:
-        os.stat(self.paths[shard])  # raises what `_waited` waits for, where `read_index` says that no run can start
-        records = read_index(self.paths[shard])
+        path = self.paths[shard]
+        if isinstance(path, Path):
+            os.stat(path)  # raises what `_waited` waits for, where `read_index` says that no run can start
+        records = self._read_index(shard)
         if _checksum(records) != self._checksums[shard]:
-            raise ShardChanged(self._changed(shard))
+            raise ShardChanged(changed(self.paths[shard]))
         return records
-
-    def _changed(self, shard: int) -> str:
-        return (
-            f"{self.paths[shard]}: is another file than when the run started (replaced, cut or written to); "
-            "put the old one back, or start a new run with the new data"
-        )
 
     def _locate(self, sample: int) -> tuple[int, np.void]:
         if not 0 <= sample < len(self):
@@ -236,9 +239,9 @@ class Shards:
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            file = self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            file = self._files[shard] = os.open(_local(self.paths[shard]), os.O_RDONLY)
             if os.fstat(file).st_size != self._seen[shard][0]:
-                raise ShardChanged(self._changed(shard))
+                raise ShardChanged(changed(self.paths[shard]))
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -246,17 +249,25 @@ class Shards:
         """Close what is open; the next read opens it again."""
         while self._files:
             os.close(self._files.popitem()[1])
+        if self._reader:
+            self._reader.close()
+            self._reader = None
 
     def __del__(self) -> None:
-        if "_files" in self.__dict__:  # not set where the constructor raised
+        if "_reader" in self.__dict__:  # not set where the constructor raised
             self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": OrderedDict(), "_loaded": None}
+        return self.__dict__ | {"_files": OrderedDict(), "_loaded": None, "_reader": None}
 
 
 def _checksum(records: Records) -> int:
     return zlib.crc32(records.tobytes())
+
+
+def _local(path: Path | Address) -> Path:
+    assert isinstance(path, Path)
+    return path
 
 
 def _identity(found: os.stat_result) -> tuple[int, int, int]:

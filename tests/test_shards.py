@@ -77,9 +77,13 @@ def test_specs(small_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").touch()
     with pytest.raises(DataError, match="selfsight shards build"):
         find_shards(str(tmp_path))
-    with pytest.raises(UsageError, match="only local paths"):
-        find_shards("s3://bucket/x.tar?secret=1")
-    with pytest.raises(UsageError, match="only local paths"):
+    assert find_shards(f"file://{small_shards}/small-000001.tar") == find_shards(f"{small_shards}/small-000001.tar")
+    with pytest.raises(
+        UsageError,
+        match=r"s4://bucket/x.tar: s4: is not read \(did you mean s3://\?\); shards are local paths or http://",
+    ):
+        find_shards("s4://bucket/x.tar?secret=1")
+    with pytest.raises(UsageError, match="pipe: is not read; shards are"):
         find_shards("pipe:cat x.tar")
     with pytest.raises(UsageError, match="train and test"):
         find_shards("digits:val")

@@ -157,7 +157,7 @@ def libraries() -> dict[str, str]:
 def open_samples(data: DataConfig) -> Samples:
     """The one set of a recipe, or its mixture."""
     if data.train is not None:
-        return Shards(data.train)
+        return Shards(data.train, data.block)
     return Mixture([Shards(part.train) for part in data.mix], [part.weight for part in data.mix])
 
 

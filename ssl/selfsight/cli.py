@@ -12,7 +12,7 @@ from selfsight import __version__
 from selfsight.errors import DataError, SelfsightError, StorageError, UsageError
 from selfsight.redact import redact
 
-FIELD_COMMANDS = ("pretrain", "quickstart", "teacher")  # take recipe fields as options
+FIELD_COMMANDS = ("pretrain", "quickstart", "teacher", "doctor")  # take recipe fields as options
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage or recipe error, 65 bad data, 70 not finite, 74 disk or checkpoint, "
     "75 stopped on request (run it again), 76 another rank was lost"
@@ -76,7 +76,7 @@ def split_fields(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     left = list(words)
     while left:
         word = left.pop(0)
-        if not word.startswith("--") or word == "--help":
+        if not word.startswith("--") or word in ("--help", "--json"):
             others.append(word)
             continue
         name, equals, value = word[2:].partition("=")
@@ -110,6 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     one = _command(commands, "pretrain", _pretrain, "start or resume a run", takes_fields=True)
     one.usage = "selfsight pretrain RECIPE [--section.key value ...] [--plugin package.module] [--deterministic] [--allow-change KEY,...]"
     one.add_argument("recipe", help="a YAML file, or a packaged recipe such as digits/mae")
+
+    one = _command(commands, "doctor", _doctor, "say what of a run will go wrong or be slow, before it starts", True)
+    one.usage = "selfsight doctor RECIPE [--section.key value ...] [--plugin package.module] [--json]"
+    one.add_argument("recipe", help="the recipe that is to be run, with the same fields")
+    one.add_argument("--json", action="store_true", help="print a list of what was found")
 
     one = _command(
         commands, "teacher", _teacher, "store a teacher's outputs beside the shards, for a distill recipe", True
@@ -241,6 +246,12 @@ def _teacher(options: argparse.Namespace) -> int:
 
     print(store_teacher(options.recipe, options.fields))
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from selfsight.doctor import doctor
+
+    return doctor(options.recipe, options.fields, options.json)
 
 
 def _quickstart(options: argparse.Namespace) -> int:

@@ -46,6 +46,8 @@ class DataConfig(Section):
     """Mean of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
+    block: int = Field(1, ge=1, le=65536)
+    """Neighbours in the shards that stay near each other in the order, to be read together over a network; 1: full shuffling."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized, in training and in evaluation."""
     crop_pct: float = Field(1.0, gt=0, le=1)
@@ -63,6 +65,8 @@ class DataConfig(Section):
     def _something(self) -> "DataConfig":
         if (self.train is None) == (not self.mix):
             raise ValueError("give either train or mix")
+        if self.mix and self.block > 1:
+            raise ValueError("block: the turns of a mixture are shuffled over the epoch; leave it at 1")
         return self
 
 

@@ -360,10 +360,11 @@ class Placer:
         return Batch(tuple(made), host.positions, self.seed, host.keys, progress)
 
 
-def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
+def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0), out: Tensor | None = None) -> Tensor:
     """Stored values to float32, `range` to 0..1."""
     low, high = range
-    return (pixels.float() - low) / (high - low) if low else pixels.float() / high
+    values = pixels if pixels.dtype == torch.uint8 and not low else pixels.float()
+    return torch.div(values - low if low else values, high - low, out=out)
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
@@ -373,5 +374,5 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor, range: tuple[float, flo
     parts = 1 if made.is_cuda else max(1, min(len(made), made.nbytes // PART_BYTES))
     tensors = pixels, made, mean.expand_as(made), std.expand_as(made)
     for stored, out, mean_of, std_of in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
-        out.copy_(unit(stored, range)).sub_(mean_of).div_(std_of)
+        unit(stored, range, out).sub_(mean_of).div_(std_of)
     return made

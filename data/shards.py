@@ -20,6 +20,7 @@ from selfsight.data.index import Records, read_index, read_records
 from selfsight.data.order import Ids, sample_ids
 from selfsight.data.remote import RemoteReader, ShardChanged, Span, Want, changed
 from selfsight.data.remote_index import local_index, looked_at
+from selfsight.data.samples import split_clip
 from selfsight.data.spec import find_shards
 from selfsight.data.store import Address, Object, open_store
 from selfsight.errors import DataGone
@@ -93,10 +94,24 @@ class Shards:
 
     @property
     def prints(self) -> NDArray[np.uint64]:
-        """Size and CRC-32 of every sample as one number (N,): of equal samples the same, of others hardly ever."""
+        """Size and fingerprint of every sample as one number (N,): of equal samples the same, of others hardly ever."""
         return np.concatenate(
-            [records["size"].astype(np.uint64) << np.uint64(32) | records["crc"] for records in self._records]
+            [
+                records["size"].astype(np.uint64) << np.uint64(32)
+                | np.where(records["print"] > 0, records["print"], records["crc"])
+                for records in self._records
+            ]
         )
+
+    @property
+    def groups(self) -> NDArray[np.int32]:
+        """Number of the whole (patient, slide, scene) that every sample is a part of (N,), -1 where there is none."""
+        return np.concatenate([records["group"] for records in self._records]).astype(np.int32)
+
+    @property
+    def frames(self) -> NDArray[np.int64]:
+        """Frames of every sample (N,), 0 of a sample that is one image."""
+        return np.concatenate([records["frames"] for records in self._records]).astype(np.int64)
 
     @property
     def id(self) -> str:
@@ -146,7 +161,8 @@ class Shards:
 
     def images(self, sample: int, body: bytes) -> list[bytes]:
         """The encoded images in the bytes of a sample: its one image, or the frames of a clip in order."""
-        return [body]
+        frames = int(self._locate(sample)[1]["frames"])
+        return split_clip(body, frames) if frames else [body]
 
     def prefetch(self, samples: Iterable[int], keep: bool = True) -> None:
         """Begin to read samples of remote shards; local ones need no such thing. Returns at once, and raises nothing.

@@ -181,6 +181,21 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--format", choices=["jpeg", "png", "webp"], help="store all images so (default: as they are)")
     one.add_argument("--quality", type=_count, default=92, help="of JPEG and WebP, 1-100 (default: 92)")
     one.add_argument(
+        "--group-by",
+        metavar="RULE",
+        help="number the patient, slide or scene that images are parts of: folder, stem, or a regular expression on the path",
+    )
+    one.add_argument("--clips", action="store_true", help="the images of each folder are the frames of one clip")
+    one.add_argument("--tile", type=_count, metavar="PIXELS", help="cut large images into tiles of this size")
+    one.add_argument("--stride", type=_count, metavar="PIXELS", help="from a tile to the next (default: its size)")
+    one.add_argument(
+        "--background",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="leave out tiles with more near-white or empty pixels (default: 0.9; 1: none)",
+    )
+    one.add_argument(
         "--per-shard", type=_count, default=10_000, metavar="SAMPLES", help="samples in a shard (default: 10000)"
     )
     one = _command(actions, "index", _index, "index existing WebDataset tars, without rewriting them")
@@ -328,21 +343,29 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from selfsight.data.build import Encoding, build
+    from selfsight.data.build import build
+    from selfsight.data.folders import Reading
+    from selfsight.data.packing import Encoding
+    from selfsight.data.tiles import Cut
 
+    cut = Cut(options.tile, options.stride, options.background) if options.tile else None
+    if options.stride and not cut:
+        raise UsageError("--stride: is the distance of tiles; add --tile")
     built = build(
         options.source,
         options.target,
         root=options.root,
         split=options.split,
         download=options.download,
-        unlabelled=options.unlabelled,
+        reading=Reading(options.unlabelled, options.group_by, options.clips, cut),
         encoding=Encoding(options.short_side, options.format, options.quality),
         per_shard=options.per_shard,
     )
     classes = f"{built.classes} classes" if built.classes else "no labels"
+    groups = f", {built.groups:,} groups" if built.groups else ""
     print(
-        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}, {built.bytes / 2**20:,.1f} MiB"
+        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}{groups}, "
+        f"{built.bytes / 2**20:,.1f} MiB"
     )
     return 0
 

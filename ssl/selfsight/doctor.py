@@ -84,7 +84,7 @@ def of_index(parts: Parts) -> Iterator[Finding]:
     shown = f"{len(samples):,} samples in {sum(len(own.paths) for own in sets):,} shards, data id {samples.id}"
     yield Finding("ok", "data", f"{shown}, {f'{len(kinds)} labels' if len(kinds) else 'no labels'}")
     if 1 < len(kinds) < len(samples) / 4 and (runs := 1 + int((np.diff(labels) != 0).sum())) < 4 * len(kinds):
-        block = getattr(parts.recipe.data, "block", 1)
+        block = parts.recipe.data.block
         told = f"samples lie sorted by label ({runs} runs of {len(kinds)} labels)"
         if block > 1:
             yield Finding(
@@ -95,9 +95,7 @@ def of_index(parts: Parts) -> Iterator[Finding]:
     prints = np.concatenate([own.prints for own in sets])
     copies = len(prints) - len(np.unique(prints))
     level: Level = "warning" if copies > len(prints) / 100 else "note" if copies else "ok"
-    yield Finding(
-        level, "duplicates", f"{copies:,} of {len(prints):,} samples are exact copies (size and CRC) of others"
-    )
+    yield Finding(level, "duplicates", f"{copies:,} of {len(prints):,} samples are exact copies of others")
 
 
 def of_schedule(parts: Parts) -> Iterator[Finding]:
@@ -126,9 +124,7 @@ def of_overlap(parts: Parts) -> Iterator[Finding]:
         sets = [Shards(spec)] if spec else getattr(parts.shards, "sets", [parts.shards])
         shared = int(np.isin(test, np.concatenate([own.prints for own in sets])).sum())
         level: Level = "warning" if shared else "ok"
-        yield Finding(
-            level, "overlap", f"{shared:,} of {len(test):,} images of eval.test are in {name}, too (size and CRC)"
-        )
+        yield Finding(level, "overlap", f"{shared:,} of {len(test):,} images of eval.test are in {name}, too")
 
 
 def of_images(parts: Parts) -> Iterator[Finding]:

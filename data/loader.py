@@ -363,8 +363,9 @@ class Placer:
 def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0), out: Tensor | None = None) -> Tensor:
     """Stored values to float32, `range` to 0..1."""
     low, high = range
-    values = pixels if pixels.dtype == torch.uint8 and not low else pixels.float()
-    return torch.div(values - low if low else values, high - low, out=out)
+    made = torch.empty(pixels.shape, device=pixels.device) if out is None else out  # in this order of axes
+    made.copy_(pixels)
+    return (made.sub_(low) if low else made).div_(high - low)
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:

@@ -93,13 +93,13 @@ def decode(body: bytes, form: Form, needs: Needs | None = None) -> Pixels:
     """
     from selfsight.data.formats import fit, read_array
 
-    own = read_array(body, volumes=form.frames > 1)
-    if own is not None:
-        return fit(own, form)
-    if form.channels not in MODES:
-        raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels}")
     pixels = decode_jpeg(body, form.channels, MAX_PIXELS, needs)
     if pixels is None:
+        own = read_array(body, volumes=form.frames > 1)
+        if own is not None:
+            return fit(own, form)
+        if form.channels not in MODES:
+            raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels}")
         pixels = np.asarray(pillow_image(body, MODES[form.channels]))
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if form.depth == 8:

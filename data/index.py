@@ -86,7 +86,7 @@ def scan(shard: Path | Address, missing: str = "error") -> Records:
     if isinstance(shard, Address):
         from selfsight.data.remote_index import scan_remote
 
-        return scan_remote(shard, missing)[0]
+        return scan_remote(shard, missing)
     return _walk(shard, missing)[0]
 
 
@@ -135,7 +135,8 @@ def read_index(shard: Path | Address) -> Records:
 
 def read_records(path: Path, shard: Path | Address, size: int) -> Records:
     """The records in one file, of a shard of `size` bytes, memory-mapped."""
-    fix = f"; make it with: selfsight shards index {shard}"
+    where = "make it" if isinstance(shard, Path) else "put a new one beside the shard, made"
+    fix = f"; {where} with: selfsight shards index {shard}"
     try:
         head = np.fromfile(path, HEADER, 1)
         records = (

@@ -360,10 +360,12 @@ class Placer:
         return Batch(tuple(made), host.positions, self.seed, host.keys, progress)
 
 
-def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
+def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0), out: Tensor | None = None) -> Tensor:
     """Stored values to float32, `range` to 0..1."""
     low, high = range
-    return (pixels.float() - low) / (high - low) if low else pixels.float() / high
+    made = torch.empty(pixels.shape, device=pixels.device) if out is None else out  # in this order of axes
+    made.copy_(pixels)
+    return (made.sub_(low) if low else made).div_(high - low)
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
@@ -373,5 +375,5 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor, range: tuple[float, flo
     parts = 1 if made.is_cuda else max(1, min(len(made), made.nbytes // PART_BYTES))
     tensors = pixels, made, mean.expand_as(made), std.expand_as(made)
     for stored, out, mean_of, std_of in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
-        out.copy_(unit(stored, range)).sub_(mean_of).div_(std_of)
+        unit(stored, range, out).sub_(mean_of).div_(std_of)
     return made

@@ -6,6 +6,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from hashlib import sha256
 from itertools import accumulate, pairwise
@@ -70,7 +71,8 @@ class Shards:
         if not isinstance(path, Address) or not isinstance(seen, Object) or index is None:
             return read_index(path)
         if not index.exists():  # the cache folder was cleaned meanwhile
-            index = local_index(open_store(path.scheme), path, seen)
+            with closing(open_store(path.scheme)) as store:
+                index = local_index(store, path, seen)
         return read_records(index, path, seen.size)
 
     @property

@@ -16,8 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfsight import __version__, checkpoint
 from selfsight.data import jpeg
 from selfsight.data.crops import ViewMaker
+from selfsight.data.decode import BadSample
 from selfsight.data.loader import Batches, Placer
 from selfsight.data.mixture import Mixture, Samples
+from selfsight.data.picture import Picture
 from selfsight.data.pixel_cache import find_cache
 from selfsight.data.shards import Shards
 from selfsight.data.stats import fill_in
@@ -167,6 +169,14 @@ def open_samples(data: DataConfig) -> Samples:
     return Mixture([Shards(part.train) for part in data.mix], [part.weight for part in data.mix])
 
 
+def has_planes(samples: Samples, made: Preprocessing) -> bool | None:
+    """Whether the first sample has more planes than an input takes, of which views show different ones; None if it is bad."""
+    try:
+        return Picture(samples.images(0, samples.read(0)), made.form).planes > made.frames
+    except BadSample:
+        return None
+
+
 def own_statistics(mix: Sequence[MixPart], made: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation of each set of a mixture (K, C, 1, 1); None where all have the same.
 
@@ -211,7 +221,9 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         objective = build_objective(recipe.objective, encoder)
-    notes += objective.check(Setting(batch // recipe.train.accumulate, shards.id, recipe.seed))
+    moments = any(view.moment is not None for view in objective.views)
+    clips = has_planes(shards, encoder.preprocessing) if moments else None
+    notes += objective.check(Setting(batch // recipe.train.accumulate, shards.id, recipe.seed, clips))
     if any(view.shift for view in objective.views):
         notes.append("view.shift: neighbours are told by label; labels must be clips, not classes that are scored")
     if not objective.uses_head:

@@ -3,8 +3,8 @@
 | what is stored                    | what comes out                                                             |
 |-----------------------------------|----------------------------------------------------------------------------|
 | EXIF orientation                  | applied                                                                    |
-| 16-bit grey                       | depth 8: value / 257, or data.range spread over 8 bits, never clipped else |
-| 16-bit colour                     | depth 8: Pillow's upper 8 bits                                             |
+| 16 bits, depth 8                  | value / 257, or data.range spread over 8 bits, never clipped else          |
+| 16-bit colour, scientific files   | as `selfsight.data.formats` says; `fit` gives them the run's depth         |
 | 8 bits, depth 16                  | value x 257                                                                |
 | 1-bit, palette, CMYK, YCbCr, Lab  | Pillow's conversion to RGB (or grey, when one channel is asked for)        |
 | transparency                      | composed over white                                                        |
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from selfsight.data.jpeg import Needs, decode_jpeg
 from selfsight.errors import DataError, UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
@@ -80,16 +81,27 @@ def open_image(body: bytes) -> Image.Image:
     return image
 
 
-def decode(body: bytes, form: Form) -> Pixels:
-    """The upright image in `body`: (C, H, W) of the form's depth.
+def decode(body: bytes, form: Form, needs: Needs | None = None) -> Pixels:
+    """The upright image in `body`, of the form's depth: (C, H, W), or (C, D, H, W) where the file has planes.
+
+    Args:
+        needs: which rows will be looked at, if not all; what the others hold is then not defined.
 
     Raises:
         BadSample: bytes that are not one whole image of a kind in the table above, or of other channels.
+        UsageError: a scientific file whose library is not installed.
     """
-    if form.channels not in MODES:
-        raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels}")
-    pixels = np.asarray(pillow_image(body, MODES[form.channels]))
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    from selfsight.data.formats import fit, read_array
+
+    pixels = decode_jpeg(body, form.channels, MAX_PIXELS, needs)
+    if pixels is None:
+        own = read_array(body, volumes=form.frames > 1)
+        if own is not None:
+            return fit(own, form)
+        if form.channels not in MODES:
+            raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels}")
+        pixels = np.asarray(pillow_image(body, MODES[form.channels]))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if form.depth == 8:
         return pixels
     return pixels.astype(DTYPES[form.depth]) * DTYPES[form.depth](257 if form.depth == 16 else 1)

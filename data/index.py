@@ -1,4 +1,4 @@
-"""The index beside a shard: offset, size, CRC-32 and label of every sample, so that a sample is one `pread`.
+"""The index beside a shard: offset, size, CRC-32, label, group and frames of every sample, so that a sample is one `pread`.
 
 `x.tar` has `x.tar.idx`: a 64-byte header, then one 32-byte record a sample, memory-mapped when read. A tar in a folder
 that cannot be written has its index in the cache folder.
@@ -15,15 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfsight.console import say
+from selfsight.data.samples import IMAGE_SUFFIXES, NONE, pair, record
 from selfsight.data.store import Address
-from selfsight.data.tar import Member, members
 from selfsight.errors import DataError, StorageError
 
 MAGIC, VERSION = b"SSINDEX\0", 1
-UNLABELLED = -1
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "gif"})
+UNLABELLED = NONE
 RECORD = np.dtype(
-    [("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("group", "<i4"), ("reserved", "<u8")]
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("crc", "<u4"),
+        ("label", "<i4"),
+        ("group", "<i4"),
+        ("frames", "<u4"),
+        ("print", "<u4"),
+    ]
 )
 HEADER = np.dtype(
     [
@@ -45,12 +52,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SELFSIGHT_CACHE") or default)
 
 
-def index_path(shard: Path) -> Path:
+def index_path(shard: Path, suffix: str = ".idx") -> Path:
     """Beside the shard, or in the cache folder when only that one exists or can be made."""
-    beside = shard.with_name(shard.name + ".idx")
+    beside = shard.with_name(shard.name + suffix)
     if beside.exists() or os.access(shard.parent, os.W_OK):
         return beside
-    return cache_folder() / "index" / f"{sha256(str(shard.resolve()).encode()).hexdigest()[:16]}-{shard.name}.idx"
+    return cache_folder() / "index" / f"{sha256(str(shard.resolve()).encode()).hexdigest()[:16]}-{shard.name}{suffix}"
 
 
 def build_index(shard: Path | Address, *, missing: str = "error") -> Records:
@@ -98,8 +105,8 @@ def _walk(shard: Path, missing: str) -> tuple[Records, str]:
 def walk(shard: Path | Address, buffer: memoryview, missing: str) -> tuple[Records, str]:
     """The records of a tar whose bytes are `buffer`, and what was left out, in words; see `scan`."""
     _refuse_compressed(shard, bytes(buffer[:6]))
-    samples, left = _samples(shard, buffer, missing)
-    records = np.array([_record(shard, buffer, key, fields) for key, fields in samples.items()], RECORD)
+    samples, left = pair(str(shard), buffer, missing)
+    records = np.array([record(str(shard), buffer, key, fields) for key, fields in samples.items()], RECORD)
     if not len(records):
         raise DataError(f"{shard}: holds no image (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return records, left
@@ -154,57 +161,6 @@ def read_records(path: Path, shard: Path | Address, size: int) -> Records:
     if (records["size"] > size).any() or (records["offset"] > size - records["size"].astype(np.int64)).any():
         raise DataError(f"{path}: the index knows samples that lie outside the shard{fix}")
     return records
-
-
-def _samples(shard: Path | Address, buffer: memoryview, missing: str) -> tuple[dict[str, dict[str, Member]], str]:
-    """Fields by key, in order of first appearance, of samples with an image, and how many have none, in words.
-
-    WebDataset's rule: the key ends at the basename's first dot.
-    """
-    samples: dict[str, dict[str, Member]] = {}
-    for member in members(buffer, str(shard)):
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, field = name.partition(".")
-        fields = samples.setdefault(folder + slash + stem, {})
-        if field.lower() in fields:
-            raise DataError(f"{shard}: {member.name!r} stands twice; keys must be unique within a shard")
-        fields[field.lower()] = member
-    lacks = {key: lack for key, fields in samples.items() if (lack := _lack(fields))}
-    found = [(lack, [key for key in lacks if lacks[key] == lack]) for lack in sorted(set(lacks.values()))]
-    left = "; ".join(f"{len(keys)} of {len(samples)} samples have {lack}, first {keys[0]!r}" for lack, keys in found)
-    if left and missing == "error":
-        raise DataError(f"{shard}: {left}; leave them out with --missing exclude")
-    return {key: fields for key, fields in samples.items() if key not in lacks}, left
-
-
-def _lack(fields: dict[str, Member]) -> str:
-    images = _images(fields)
-    if not images:
-        return "no image"
-    return "" if images[0].size else "an image of zero bytes"
-
-
-def _images(fields: dict[str, Member]) -> list[Member]:
-    return [member for field, member in fields.items() if field.rpartition(".")[2] in IMAGE_SUFFIXES]
-
-
-def _record(
-    shard: Path | Address, buffer: memoryview, key: str, fields: dict[str, Member]
-) -> tuple[int, int, int, int, int, int]:
-    images = _images(fields)
-    if len(images) > 1:
-        raise DataError(f"{shard}: sample {key!r} holds {len(images)} images; one a sample is read")
-    _, offset, size = images[0]
-    if size >= 2**32:
-        raise DataError(f"{shard}: image {images[0].name!r} has {size} bytes")
-    label = UNLABELLED
-    if "cls" in fields:
-        _, start, length = fields["cls"]
-        text = bytes(buffer[start : start + min(length, 32)]).strip()
-        if not text.isdigit() or int(text) >= 2**31:
-            raise DataError(f"{shard}: label {text!r} of sample {key!r} is not an integer of 0 or more")
-        label = int(text)
-    return offset, size, zlib.crc32(buffer[offset : offset + size]), label, -1, 0
 
 
 def write_index(path: Path, records: Records, shard_size: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfsight.data.decode import BadSample
-from selfsight.data.index import Records, read_index, read_records
+from selfsight.data.index import Records, index_path, read_index, read_records
 from selfsight.data.order import Ids, sample_ids
 from selfsight.data.remote import RemoteReader, ShardChanged, Span, Want, changed
 from selfsight.data.remote_index import local_index, looked_at
+from selfsight.data.samples import split_clip
 from selfsight.data.spec import find_shards
 from selfsight.data.store import Address, Object, open_store
 from selfsight.errors import DataGone
@@ -81,6 +82,24 @@ class Shards:
             self._loaded = [self._waited(shard, partial(self._reopened, shard)) for shard in range(len(self.paths))]
         return self._loaded
 
+    def beside(self, shard: int, suffix: str) -> Path:
+        """A file about one of the shards, where its index is."""
+        path, index = self.paths[shard], self._indexes[shard]
+        if isinstance(path, Path):
+            return index_path(path, suffix)
+        assert index is not None
+        return index.with_name(index.name.removesuffix(".idx") + suffix)
+
+    @property
+    def checksums(self) -> list[int]:
+        """CRC-32 of each shard's index records, which change with any sample in it."""
+        return list(self._checksums)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [end - start for start, end in pairwise(self._starts)]
+
     def __len__(self) -> int:
         return self._starts[-1]
 
@@ -92,6 +111,27 @@ class Shards:
     def labels(self) -> NDArray[np.int32]:
         """Label of every sample (N,), -1 where there is none."""
         return np.concatenate([records["label"] for records in self._records]).astype(np.int32)
+
+    @property
+    def prints(self) -> NDArray[np.uint64]:
+        """Size and fingerprint of every sample as one number (N,): of equal samples the same, of others hardly ever."""
+        return np.concatenate(
+            [
+                records["size"].astype(np.uint64) << np.uint64(32)
+                | np.where(records["print"] > 0, records["print"], records["crc"])
+                for records in self._records
+            ]
+        )
+
+    @property
+    def groups(self) -> NDArray[np.int32]:
+        """Number of the whole (patient, slide, scene) that every sample is a part of (N,), -1 where there is none."""
+        return np.concatenate([records["group"] for records in self._records]).astype(np.int32)
+
+    @property
+    def frames(self) -> NDArray[np.int64]:
+        """Frames of every sample (N,), 0 of a sample that is one image."""
+        return np.concatenate([records["frames"] for records in self._records]).astype(np.int64)
 
     @property
     def id(self) -> str:
@@ -141,7 +181,8 @@ class Shards:
 
     def images(self, sample: int, body: bytes) -> list[bytes]:
         """The encoded images in the bytes of a sample: its one image, or the frames of a clip in order."""
-        return [body]
+        frames = int(self._locate(sample)[1]["frames"])
+        return split_clip(body, frames) if frames else [body]
 
     def prefetch(self, samples: Iterable[int], keep: bool = True) -> None:
         """Begin to read samples of remote shards; local ones need no such thing. Returns at once, and raises nothing.

@@ -28,21 +28,28 @@ _REFUSED = {
 
 
 class Member(NamedTuple):
-    """One regular file: its name, and where its `size` bytes start in the tar."""
+    """One regular file: its name, where its `size` bytes start in the tar, and where its headers do."""
 
     name: str
     offset: int
     size: int
+    start: int
 
 
-def members(buffer: memoryview, shard: str) -> Iterator[Member]:
+def members(buffer: memoryview, shard: str, whole: bool = True) -> Iterator[Member]:
     """The regular files of a tar in order.
+
+    Args:
+        buffer: its bytes.
+        shard: what errors call it.
+        whole: False for some members of a tar, which end without a marker.
 
     Raises:
         DataError: a damaged header, a refused kind of member, a size beyond the file, or no end marker.
     """
     position, name, size = 0, None, None  # name and size that a long-name or pax header gave to the next member
-    while True:
+    first: int | None = None  # where that header is
+    while whole or position < len(buffer):
         header = bytes(buffer[position : position + BLOCK])
         if len(header) < BLOCK:
             raise DataError(f"{shard}: cut off at byte {position} of {len(buffer)}, before the tar's end marker")
@@ -59,20 +66,22 @@ def members(buffer: memoryview, shard: str) -> Iterator[Member]:
             raise DataError(
                 f"{shard}: the name or pax header at byte {position} claims {length:,} bytes; rebuild the shard"
             )
+        if kind in _EXTENSIONS and first is None:
+            first = position
         if kind == b"x":
             name, size = _pax(bytes(buffer[start : start + length]), shard, position, name)
         elif kind == b"L":
             name = _text(bytes(buffer[start : start + length]))
         elif kind in _FILES:
-            yield Member(name or _header_name(header), start, length)
-            name = size = None
+            yield Member(name or _header_name(header), start, length, position if first is None else first)
+            name = size = first = None
         elif kind not in _SKIPPED and kind != b"K":
             what = _REFUSED.get(kind, f"of the unknown kind {kind!r}")
             raise DataError(f"{shard}: the member at byte {position} is {what}; only plain files are read")
         elif kind == b"5":
-            name = size = None
+            name = size = first = None
         position = start + -(-length // BLOCK) * BLOCK
-    if not _all_zero(buffer, position):
+    if whole and not _all_zero(buffer, position):
         raise DataError(f"{shard}: has data after its end marker at byte {position} (joined tars?); rebuild it")
 
 

@@ -38,12 +38,20 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     # The Gram matrix is taken of the few images, the covariance of the many.
     "vicreg, wide": {"objective": VICREG | {"expander_width": 32}, "encoder": {"drop_path": 0.5}},
     "vicreg, narrow": {"objective": VICREG | {"expander_width": 6}},
+    # The channels that a step shows are drawn for the whole batch; the moments of clips are three views.
+    "vicreg, channels": {
+        "objective": VICREG | {"expander_width": 6, "order": 3.0},
+        "encoder": {"channels": 4, "channel_tokens": True},
+    },
     "dino, centering": {"objective": DINO | {"balance": "centering"}, "encoder": {"drop_path": 0.5}},
     "dino, sinkhorn": {"objective": DINO | {"balance": "sinkhorn"}},
     "distill": {
         "objective": {"name": "distill", "teacher": "x", "augmentations": 1, "similarity": 2.0, "patches": 0.5}
     },
 }
+
+
+pytestmark = pytest.mark.xdist_group("across")  # `found` is made once, not once a test process
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def test_names_and_contents_are_tarfiles(files: list[tuple[str, bytes]], form: s
     raw = make_tar(files, form)
     with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
         expected = [(info.name, info.offset_data, info.size) for info in tar.getmembers()]
-    assert [tuple(member) for member in members(memoryview(raw), "t")] == expected
+    assert [member[:3] for member in members(memoryview(raw), "t")] == expected
     assert [raw[m.offset : m.offset + m.size] for m in members(memoryview(raw), "t")] == [body for _, body in files]
 
 

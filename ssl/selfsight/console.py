@@ -44,12 +44,12 @@ def progress(task: str, total: int, done: int = 0, quiet: bool = False) -> Itera
         yield lambda advance=1, note="": shown.update(bar, advance=advance, **({"note": note} if note else {}))
 
 
-def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
-    """A table on standard output; the first column is text, the others are numbers."""
+def table(columns: list[str], rows: list[list[Any]], title: str | None = None, words: bool = False) -> None:
+    """A table on standard output; the first column is text, the others are numbers, unless all are words."""
     # As Text: the name of a file in brackets is no markup.
     made = Table(title=Text(redact(title), "italic") if title else None, title_justify="left")
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i else "left")
+        made.add_column(name, justify="right" if i and not words else "left")
     for row in rows:
         made.add_row(*(Text(redact(str(cell))) for cell in row))
     Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(made)

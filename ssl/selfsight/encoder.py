@@ -4,44 +4,31 @@ tokens = encoder(images, keep=keep)      # only these patches are embedded and e
 features = encoder.embed(images)         # the one function that turns images into features
 """
 
-import inspect
 import logging
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from einops import rearrange
-from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from selfsight.backbone import build_backbone, is_plain
 from selfsight.data.decode import Form, value_range
 from selfsight.drop_path import Draw, draw_drop_paths, key_drop_paths, with_its_draws
 from selfsight.errors import UsageError
-from selfsight.positions import sincos
+from selfsight.positions import sincos_line
 from selfsight.recipe import DataConfig, EncoderConfig
+from selfsight.stem import patchify, unpatchify
 
+PLANE_TABLES = ("depth_embed", "channel_embed")  # an encoder's own, beside its backbone's tensors
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Our name -> what the model classes of timm call it.
-OPTIONS = {
-    "image_size": ("img_size",),
-    "patch": ("patch_size",),
-    "width": ("embed_dim",),
-    "depth": ("depth",),
-    "heads": ("num_heads",),
-    "class_token": ("class_token",),
-    "registers": ("reg_tokens", "num_reg_tokens"),
-    "drop_path": ("drop_path_rate",),
-}
 
 
 class Tokens(NamedTuple):
@@ -50,7 +37,7 @@ class Tokens(NamedTuple):
     prefix: Tensor
     """(B, P, D): class token, then registers; P may be 0."""
     patches: Tensor
-    """(B, N, D), or (B, K, D) in the order of `keep`."""
+    """(B, N, D), plane after plane where there are several, or (B, K, D) in the order of `keep`."""
 
 
 class Preprocessing(NamedTuple):
@@ -70,6 +57,12 @@ class Preprocessing(NamedTuple):
     """Planes of a volume or frames of a clip; 1: an image."""
     step: int = 1
     """Planes from one plane of the input to the next."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an input: (C, S, S), or (C, D, S, S) of D planes."""
+        planes = (self.frames,) if self.frames > 1 else ()
+        return self.channels, *planes, self.image_size, self.image_size
 
     @property
     def form(self) -> Form:
@@ -101,16 +94,22 @@ def _on_device(values: tuple[float, ...], device: torch.device, axes: int) -> Te
 class Encoder(nn.Module):
     """A timm backbone that can drop or mask patches, and pools the same way everywhere.
 
+    A volume is encoded as planes of patches (tubes) by the backbone of one plane; so is an image whose channels are
+    tokens (ChannelViT, Bao, Sivanandan, Karaletsos 2024, arXiv 2309.16108), its channels as the planes. What is added to
+    the patches of a plane, for its depth or its channel, is the encoder's own: `plane_embed`.
+
     Args:
         backbone: a timm model without classifier.
         preprocessing: how its inputs are made.
         config: what it was built from; its `pool` is "cls", "mean", "cls+mean", or "head" for the backbone's own.
 
     Raises:
-        UsageError: a pool that the backbone does not have.
+        UsageError: a pool that the backbone does not have, or planes with a backbone that cannot take them.
     """
 
     backbone: Any
+    depth_embed: nn.Parameter | None
+    channel_embed: nn.Parameter | None
 
     def __init__(self, backbone: nn.Module, preprocessing: Preprocessing, config: EncoderConfig) -> None:
         super().__init__()
@@ -120,7 +119,7 @@ class Encoder(nn.Module):
         self.pool: str = config.pool
         self.checkpoint_blocks = False
         # Two families have the plain sequence of steps that `forward` spells out; others run as timm wrote them.
-        self.plain = type(backbone) in (VisionTransformer, Eva) and _plain_stem(self.backbone.patch_embed)
+        self.plain = is_plain(backbone)
         self.hierarchical = type(backbone) in (SwinTransformer, SwinTransformerV2)
         self.width: int = self.backbone.num_features
         self._drop_paths = key_drop_paths(backbone)
@@ -128,6 +127,36 @@ class Encoder(nn.Module):
             raise UsageError(f"encoder.pool: {self.pool}: this model has no class token; use mean or head")
         if self.pool != "head":
             self.freeze_head()
+        self.planes: int = config.channels if config.channel_tokens else config.frames // config.tube
+        self._add_plane_embed()
+
+    def _add_plane_embed(self) -> None:
+        """Tables over depth, fixed or learned as `encoder.positions` says, or over channels, always learned."""
+        config = self.config
+        for name in PLANE_TABLES:
+            self.register_parameter(name, None)
+        if not self.volumetric:
+            return
+        if not self.resizable or self.backbone.pos_embed is None:
+            field = "channel_tokens" if config.channel_tokens else "frames"
+            raise UsageError(f"encoder.{field}: {config.name} takes plain images only; choose a vit_* without rope")
+        learned = nn.init.trunc_normal_(torch.zeros(1, self.planes, self.stem_width), std=0.02)
+        if config.channel_tokens:
+            self.channel_embed = nn.Parameter(learned)
+        elif self.planes > 1 and config.positions == "learned":
+            self.depth_embed = nn.Parameter(learned)
+        elif self.planes > 1:
+            self.depth_embed = nn.Parameter(sincos_line(self.stem_width, self.planes)[None], requires_grad=False)
+
+    @property
+    def plane_embed(self) -> nn.Parameter | None:
+        """(1, planes, D), added to all patches of a plane; None where there is but one."""
+        return self.channel_embed if self.channel_embed is not None else self.depth_embed
+
+    @property
+    def volumetric(self) -> bool:
+        """Whether its patches lie in planes: of a volume, or one for each channel."""
+        return self.config.frames > 1 or self.config.channel_tokens
 
     @property
     def resizable(self) -> bool:
@@ -145,9 +174,25 @@ class Encoder(nn.Module):
         return getattr(self.backbone, "num_prefix_tokens", 0)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches that go in."""
+    def plane_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a plane."""
         return self.backbone.patch_embed.grid_size
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Rows and columns of patches that go in; before them planes, if it is volumetric."""
+        return (self.planes, *self.plane_grid) if self.volumetric else self.plane_grid
+
+    @property
+    def patches(self) -> int:
+        """Patches that go in."""
+        return prod(self.grid)
+
+    @property
+    def patch_values(self) -> int:
+        """Pixels' values in a patch of `patchify`."""
+        channels = 1 if self.config.channel_tokens else self.config.channels
+        return channels * self.config.tube * self.stride**2
 
     @property
     def patch(self) -> int:
@@ -186,8 +231,9 @@ class Encoder(nn.Module):
         mask_token: Tensor | None = None,
         draw: Draw | None = None,
         any_size: bool = False,
+        channels: Sequence[int] | None = None,
     ) -> Tokens:
-        """Encode normalised images (B, C, H, W).
+        """Encode normalised images (B, C, H, W), or volumes (B, C, D, H, W) where `encoder.frames` says so.
 
         Args:
             keep: (B, K) long; only these patches are embedded and encoded.
@@ -195,21 +241,24 @@ class Encoder(nn.Module):
             draw: where stochastic depth takes its randomness, such as `Batch.uniform`; torch's generator if not given.
             any_size: take images of another size than the encoder's, in whole patches, and resample the position
                 embeddings for them (bicubic, antialiased), as for the local views of multi-crop.
+            channels: which of its channels the images have, if not all; for channel tokens.
 
         Raises:
-            UsageError: `keep`, `mask` or `any_size` with a backbone that is not made for it, or images of another size.
+            UsageError: `keep`, `mask`, `any_size` or `channels` with a backbone that is not made for it, or images of
+                another shape.
         """
         self._draw_drop_paths(images, draw)
+        shown = self._shown(channels)
         if not self.plain:
             if keep is not None or (mask is not None and not self.hierarchical):
                 raise UsageError(f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model")
             return self._as_tokens(self._dense(images, mask, mask_token))
-        grid = self._grid_of(images, any_size)
+        grid = self._grid_of(images, any_size, shown)
         x = self._embed_patches(images, keep)
         if mask is not None:
             assert mask_token is not None
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
-        x, rope = self._add_positions(x, keep, grid)
+        x, rope = self._add_positions(x, keep, grid, shown)
         x = self.backbone.norm_pre(x)
         for depth, block in enumerate(self.blocks):
             extra: dict[str, Any] = {} if rope is None else {"rope": rope[depth] if self.backbone.rope_mixed else rope}
@@ -220,26 +269,36 @@ class Encoder(nn.Module):
         x = self.backbone.norm(x)
         return Tokens(x[:, : self.prefix_tokens], x[:, self.prefix_tokens :])
 
-    def embed(self, images: Tensor, pool: str | None = None, draw: Draw | None = None) -> Tensor:
-        """Features of normalised images (B, C, H, W): (B, D), or (B, 2 D) for "cls+mean".
+    def embed(
+        self,
+        images: Tensor,
+        pool: str | None = None,
+        draw: Draw | None = None,
+        channels: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Features of normalised images (B, C, H, W) or (B, C, D, H, W): (B, D), or (B, 2 D) for "cls+mean".
 
         The online probe, kNN, linear probe, export check and report all come through here, and no other way.
+        With channel tokens any of the channels will do: `embed(images[:, [0, 2]], channels=(0, 2))`.
         """
         pool = pool or self.pool
-        return self.embed_pools(images, (pool,), draw)[pool]
+        return self.embed_pools(images, (pool,), draw, channels)[pool]
 
-    def embed_pools(self, images: Tensor, pools: Sequence[str], draw: Draw | None = None) -> dict[str, Tensor]:
+    def embed_pools(
+        self, images: Tensor, pools: Sequence[str], draw: Draw | None = None, channels: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """`embed` for several pools from one forward pass."""
-        return self.encode(images, pools, draw)[1]
+        return self.encode(images, pools, draw, channels)[1]
 
     def encode(
-        self, images: Tensor, pools: Sequence[str], draw: Draw | None = None
+        self, images: Tensor, pools: Sequence[str], draw: Draw | None = None, channels: Sequence[int] | None = None
     ) -> tuple[Tokens, dict[str, Tensor]]:
         """Tokens, and features by pool, from one forward pass."""
         if self.plain:
-            tokens = self(images, draw=draw)
+            tokens = self(images, draw=draw, channels=channels)
             raw = torch.cat(tokens, dim=1)
         else:
+            self._shown(channels)
             self._draw_drop_paths(images, draw)
             raw = self._dense(images)
             tokens = self._as_tokens(raw)
@@ -254,16 +313,41 @@ class Encoder(nn.Module):
             if isinstance(module := getattr(self.backbone, name, None), nn.Module):
                 module.requires_grad_(False)
 
-    def _grid_of(self, images: Tensor, any_size: bool) -> tuple[int, int]:
+    def patchify(self, images: Tensor) -> Tensor:
+        """The pixels of the patches that come out as tokens: (B, N, `patch_values`)."""
+        return patchify(self._planar(images), self.stride, self.config.tube)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """The inverse of `patchify`: images of the encoder's own shape."""
+        side = self.preprocessing.image_size // self.stride
+        grid = (self.planes, side, side) if self.volumetric else (side, side)
+        images = unpatchify(patches, self.stride, grid, self.config.tube)
+        return images[:, 0] if self.config.channel_tokens else images
+
+    def _planar(self, images: Tensor) -> Tensor:
+        """Channels that are tokens, as the planes of a volume of one channel."""
+        return images[:, None] if self.config.channel_tokens else images
+
+    def _shown(self, channels: Sequence[int] | None) -> Sequence[int] | None:
+        """The channels that the images have, if they are a choice that can be made."""
+        if channels is None:
+            return None
+        if not self.config.channel_tokens:
+            raise UsageError("channels: only an encoder with encoder.channel_tokens takes some of its channels")
+        if not channels or len({*channels} & {*range(self.planes)}) != len(channels):
+            raise UsageError(f"channels: {tuple(channels)} are not different channels of 0..{self.planes - 1}")
+        return channels
+
+    def _grid_of(self, images: Tensor, any_size: bool, channels: Sequence[int] | None) -> tuple[int, int]:
         """Rows and columns of patches of these images."""
-        stem, (height, width) = self.backbone.patch_embed, images.shape[-2:]
-        fits = not (height % self.patch or width % self.patch) if any_size else (height, width) == stem.img_size
-        if not fits or images.shape[1] != stem.proj.in_channels:
-            wanted = (stem.proj.in_channels, *stem.img_size)
+        wanted = self.preprocessing.shape if channels is None else (len(channels), *self.preprocessing.shape[1:])
+        shape, (height, width) = tuple(images.shape[1:]), images.shape[-2:]
+        fits = not (height % self.patch or width % self.patch) if any_size else shape[-2:] == wanted[-2:]
+        if not fits or shape[:-2] != wanted[:-2]:
             also = f" or other whole patches of {self.patch} pixels" if any_size else ""
-            raise UsageError(f"images of shape {tuple(images.shape[1:])}; the encoder takes {wanted}{also}")
+            raise UsageError(f"images of shape {shape}; the encoder takes {wanted}{also}")
         grid = (height // self.patch, width // self.patch)
-        if grid != self.grid and not self.resizable:
+        if grid != self.plane_grid and not self.resizable:
             raise UsageError(
                 f"{self.config.name} has rotary positions: images of {height} x {width} need a vit_* without"
             )
@@ -272,22 +356,24 @@ class Encoder(nn.Module):
     def _embed_patches(self, images: Tensor, keep: Tensor | None) -> Tensor:
         """The stem's convolution as a product over patches, so that hidden patches are dropped before it: (B, K, D)."""
         stem = self.backbone.patch_embed
-        patches = patchify(images, self.patch)
+        patches = self.patchify(images)
         if keep is not None:
             patches = take(patches, keep)
         return stem.norm(F.linear(patches, stem.proj.weight.flatten(1), stem.proj.bias))
 
-    def _add_positions(self, x: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def _add_positions(
+        self, x: Tensor, keep: Tensor | None, grid: tuple[int, int], channels: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Position embeddings on patches and, where the model has them there, on prefix tokens; then the rotary ones."""
         model, table = self.backbone, self.backbone.pos_embed
         tokens = [token for token in (model.cls_token, model.reg_token) if token is not None]
         prefix = torch.cat(tokens, dim=1) if tokens else x.new_zeros(1, 0, x.shape[-1])
         if table is not None:
             split = 0 if model.no_embed_class else self.prefix_tokens
-            if grid != self.grid:
-                table = resample_abs_pos_embed(table, list(grid), list(self.grid), num_prefix_tokens=split)
+            if grid != self.plane_grid:
+                table = resample_abs_pos_embed(table, list(grid), list(self.plane_grid), num_prefix_tokens=split)
             prefix = prefix + table[:, :split] if split else prefix
-            places = table[:, split:].expand(len(x), -1, -1)
+            places = self._in_planes(table[:, split:], channels).expand(len(x), -1, -1)
             x = x + (places if keep is None else take(places, keep))
         x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         rope = getattr(model, "rope", None)
@@ -299,6 +385,15 @@ class Encoder(nn.Module):
             angles = angles[..., keep, :] if model.rope_mixed else angles[keep][:, None]
             angles = angles.transpose(1, 2) if model.rope_mixed else angles
         return x, angles
+
+    def _in_planes(self, places: Tensor, channels: Sequence[int] | None) -> Tensor:
+        """Positions of a plane's patches (1, N, D), each plane's with what is its own added: (1, planes N, D)."""
+        own: Tensor | None = self.plane_embed
+        if own is None:
+            return places
+        if channels is not None:
+            own = own.index_select(1, torch.tensor(channels, device=own.device))
+        return (own[:, :, None] + places[:, None]).flatten(1, 2)
 
     def _dense(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """The last features of a backbone with its own way, in its own layout."""
@@ -327,16 +422,6 @@ def pool_tokens(tokens: Tokens, pool: str) -> Tensor:
     return torch.cat([parts[part]() for part in pool.split("+")], dim=-1)
 
 
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C * patch * patch), patches in row-major order."""
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
-
-
-def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`."""
-    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", p=patch, q=patch, h=grid[0], w=grid[1])
-
-
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens (B, N, D) at index (B, K): (B, K, D)."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -357,7 +442,7 @@ def preprocessing_of(data: DataConfig, encoder: EncoderConfig) -> Preprocessing:
     if min(std) <= 0:
         raise UsageError("data.std: must be above 0")
     shown = data.interpolation, data.crop_pct, data.depth, data.range
-    return Preprocessing(encoder.image_size, channels, mean, std, *shown, step=data.frame_step)
+    return Preprocessing(encoder.image_size, channels, mean, std, *shown, encoder.frames, data.frame_step)
 
 
 def build_encoder(config: EncoderConfig, preprocessing: Preprocessing, seed: int) -> Encoder:
@@ -368,94 +453,13 @@ def build_encoder(config: EncoderConfig, preprocessing: Preprocessing, seed: int
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone: Any = timm.create_model(config.name, num_classes=0, **_model_options(config))
-        if isinstance(backbone, VisionTransformer | Eva):
-            if config.init == "xavier":
-                _init_xavier(backbone)
-            if backbone.pos_embed is not None and config.positions == "sincos":
-                _fix_positions(backbone)
-    return Encoder(backbone, preprocessing, config)
-
-
-def _model_options(config: EncoderConfig) -> dict[str, Any]:
-    """timm's keyword arguments for the fields that are set."""
-    with torch.device("meta"):  # only to see which class it is and what it has by itself
-        skeleton = _skeleton(config.name)
-    if isinstance(skeleton, VisionTransformer | Eva):
-        _check_dimensions(skeleton, config)
-    accepted = inspect.signature(type(skeleton).__init__).parameters
-    options: dict[str, Any] = {"in_chans": config.channels}
-    for field, spellings in OPTIONS.items():
-        value = getattr(config, field)
-        spelling = next((name for name in spellings if name in accepted), None)
-        if value is not None and spelling:
-            options[spelling] = value
-        elif value not in (None, 0.0) and field != "image_size":
-            raise UsageError(f"encoder.{field}: {config.name} has no such option")
-    if "dynamic_img_size" in accepted:
-        options["dynamic_img_size"] = False
-    norm = next((name for name in ("fc_norm", "use_fc_norm") if name in accepted), None)
-    if (
-        config.pool != "head" and norm
-    ):  # the last norm stands before the pool, so that timm's own output is exactly ours
-        options |= {"global_pool": "avg" if config.pool == "mean" else "token", norm: False}
-    return options
-
-
-def _check_dimensions(skeleton: Any, config: EncoderConfig) -> None:
-    """Raise UsageError for dimensions that do not fit each other, whether given or the model's own."""
-    patch = config.patch or skeleton.patch_embed.patch_size[0]
-    width = config.width or skeleton.embed_dim
-    heads: int = config.heads or getattr(getattr(skeleton.blocks[0], "attn", None), "num_heads", None) or 1
-    has_class_token = skeleton.cls_token is not None if config.class_token is None else config.class_token
-    if config.image_size % patch:
-        raise UsageError(f"encoder.image_size: {config.image_size} is not a multiple of the patch of {patch} pixels")
-    if width % heads:
-        raise UsageError(f"encoder.width: {width} is not a multiple of the {heads} heads")
-    if width % 4 and config.positions == "sincos":
-        raise UsageError(f"encoder.width: {width} is not a multiple of 4, as encoder.positions sincos needs")
-    if "cls" in config.pool and not has_class_token:
-        raise UsageError(f"encoder.pool: {config.pool}: this model has no class token; use mean or head")
-
-
-@cache
-def _skeleton(name: str) -> nn.Module:
-    if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), 3, 0.5) or timm.list_models("vit_*_patch16_224")[:3]
-        raise UsageError(f"encoder.name: timm has no model {name!r}; did you mean {', '.join(near)}?")
-    return timm.create_model(name)
-
-
-def _init_xavier(model: Any) -> None:
-    """MAE's initial weights (appendix A.1): Xavier uniform for every linear layer, the stem seen as one; tokens 0.02."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    stem = model.patch_embed.proj if _plain_stem(model.patch_embed) else None
-    if stem is not None:
-        nn.init.xavier_uniform_(stem.weight.data.view(stem.weight.shape[0], -1))
-    for token in (model.cls_token, model.reg_token):
-        if token is not None:
-            nn.init.normal_(token, std=0.02)
-
-
-def _fix_positions(backbone: Any) -> None:
-    prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
-    table = sincos(backbone.embed_dim, backbone.patch_embed.grid_size, prefix)
-    backbone.pos_embed.data.copy_(table[None])
-    backbone.pos_embed.requires_grad_(False)
-
-
-def _plain_stem(stem: Any) -> bool:
-    return type(stem) is PatchEmbed and isinstance(stem.proj, nn.Conv2d) and stem.proj.groups == 1
+        return Encoder(build_backbone(config), preprocessing, config)
 
 
 def resample_positions(encoder: Encoder, table: Tensor, old_grid: tuple[int, int]) -> Tensor:
-    """A position table (1, prefix + N, D) of another grid, resampled bicubically (antialiased) to this encoder's."""
+    """A position table (1, prefix + N, D) of another plane's grid, resampled bicubically (antialiased) to this encoder's."""
     prefix = 0 if encoder.backbone.no_embed_class else encoder.prefix_tokens
-    return resample_abs_pos_embed(table, list(encoder.grid), list(old_grid), num_prefix_tokens=prefix)
+    return resample_abs_pos_embed(table, list(encoder.plane_grid), list(old_grid), num_prefix_tokens=prefix)
 
 
 logging.getLogger("timm").setLevel(logging.ERROR)  # timm reports each resampling; ours names every tensor itself

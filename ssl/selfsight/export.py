@@ -18,18 +18,28 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from selfsight import checkpoint
-from selfsight.encoder import OPTIONS, Encoder, Preprocessing, build_encoder, preprocessing_of
+from selfsight.backbone import OPTIONS
+from selfsight.encoder import PLANE_TABLES, Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.redact import redact_tree
 from selfsight.run_folder import sync
 from selfsight.section import explain
-from selfsight.weights import is_file, load_weights, read_checkpoint, read_tensors, require_whole
+from selfsight.weights import (
+    PLANES,
+    adopt,
+    is_file,
+    load_weights,
+    read_checkpoint,
+    read_config,
+    read_export,
+    read_tensors,
+    require_whole,
+)
 
 TOLERANCE = (
     1e-5  # of a feature, fp32, between the live encoder and timm on the export; of the largest where it is above 1
 )
-MAX_CONFIG = 10**6  # bytes of a config.json
 CHECK_DEADLINE = 600  # seconds; timm starts in 5, but a disk may be asleep
 _TIMM_POOL = {"cls": "token", "mean": "avg"}
 # Runs in a process of its own that never sees this package.
@@ -82,8 +92,8 @@ def export(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> float:
 def seal(folder: Path) -> None:
     """Write manifest.json, last, and have everything reach the disk: the folder is whole from here on."""
     (folder / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.manifest_of(folder), indent=1))
-    # safetensors writes for the owner alone; an export is made to be given away.
-    (folder / "model.safetensors").chmod((folder / checkpoint.MANIFEST).stat().st_mode)
+    for path in folder.glob("*.safetensors"):  # written for the owner alone; an export is made to be given away
+        path.chmod((folder / checkpoint.MANIFEST).stat().st_mode)
     for path in [*folder.iterdir(), folder]:
         sync(path)
 
@@ -119,10 +129,11 @@ def _write(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> None:
         "preprocessing": made._asdict(),
         **redact_tree(provenance),  # an export is made to be given away
     }
+    mean, std = _of_plane(encoder, made.mean), _of_plane(encoder, made.std)
     data_config = {
-        "input_size": (made.channels, made.image_size, made.image_size),
-        "mean": made.mean,
-        "std": made.std,
+        "input_size": (len(mean), made.image_size, made.image_size),
+        "mean": mean,
+        "std": std,
         "interpolation": made.interpolation,
         "crop_pct": made.crop_pct,
         "crop_mode": "center",
@@ -133,17 +144,30 @@ def _write(encoder: Encoder, folder: Path, provenance: dict[str, Any]) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes", None)  # given twice, it breaks transformers' AutoModel
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    own = {name: table.detach().cpu() for name, table in encoder.named_parameters() if name in PLANE_TABLES}
+    if own:
+        save_file(own, folder / PLANES)
+
+
+def _of_plane(encoder: Encoder, values: tuple[float, ...]) -> tuple[float, ...]:
+    """A value for each channel that the backbone's stem takes: of one plane of patches, as timm sees it."""
+    if encoder.config.channel_tokens:
+        return (sum(values) / len(values),)
+    return tuple(value for value in values for _ in range(encoder.config.tube))
 
 
 @torch.inference_mode()
 def verify_export(encoder: Encoder, folder: Path) -> float:
     """Load `folder` with timm in a process that does not import selfsight, and compare features on random images.
 
+    Of volumes and of channel tokens timm has the backbone, which takes one plane of patches; the rest is loaded here.
+
     Raises:
         StorageError: it does not load, or differs by more than 1e-5.
     """
-    made = encoder.preprocessing
-    images = torch.randn(4, made.channels, made.image_size, made.image_size, generator=torch.Generator().manual_seed(0))
+    made, random = encoder.preprocessing, torch.Generator().manual_seed(0)
+    channels = len(_of_plane(encoder, made.mean))
+    images = torch.randn(4, channels, made.image_size, made.image_size, generator=random)
     sample = folder / "check.safetensors"
     save_file({"images": images}, sample)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -161,13 +185,13 @@ def verify_export(encoder: Encoder, folder: Path) -> float:
     Path(str(sample) + ".out").unlink()
     live, training = next(encoder.parameters()).device, encoder.training
     encoder.eval().cpu()
-    pairs = [
-        (
-            encoder.backbone.forward_features(images) if not encoder.plain else torch.cat(encoder(images), dim=1),
-            theirs["tokens"],
-        )
-    ]
-    if encoder.pool in {*_TIMM_POOL, "head"}:
+    alone = not encoder.plain or encoder.volumetric
+    tokens = encoder.backbone.forward_features(images) if alone else torch.cat(encoder(images), dim=1)
+    pairs = [(tokens, theirs["tokens"])]
+    if encoder.volumetric:
+        volumes = torch.randn(2, *made.shape, generator=random)
+        pairs.append((encoder.embed(volumes), _from_export(folder).embed(volumes)))  # not timm's, but what is loaded
+    elif encoder.pool in {*_TIMM_POOL, "head"}:
         pairs.append((encoder.embed(images), theirs["pooled"]))
     encoder.to(live).train(training)
     difference = max((ours - other).abs().max().item() for ours, other in pairs)
@@ -180,8 +204,11 @@ def verify_export(encoder: Encoder, folder: Path) -> float:
 
 
 def timm_line(folder: Path) -> str:
-    """The one line that loads an export."""
-    return f'timm.create_model("local-dir:{folder.resolve()}", pretrained=True, num_classes=0)'
+    """The one line that loads an export; where that is the backbone of one plane, it says so."""
+    line = f'timm.create_model("local-dir:{folder.resolve()}", pretrained=True, num_classes=0)'
+    if (folder / PLANES).is_file():
+        line += f'  # one plane of patches; all of it: selfsight.load_encoder("{folder.resolve()}")'
+    return line
 
 
 def load_encoder(source: str | Path) -> Encoder:
@@ -211,9 +238,7 @@ def _from_export(path: Path) -> Encoder:
     require_whole(path)
     file = path / "model.safetensors"
     try:
-        if (path / "config.json").stat().st_size > MAX_CONFIG:
-            raise ValueError("too large")
-        written = json.loads((path / "config.json").read_text())
+        written = read_config(path)
         if "selfsight" not in written:
             return _as_timm(
                 written["architecture"], written["pretrained_cfg"], written.get("model_args", {}), str(file)
@@ -226,9 +251,13 @@ def _from_export(path: Path) -> Encoder:
         raise UsageError(f"{path}: config.json: {'; '.join(explain(error, 'encoder.', EncoderConfig))}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path}: config.json is neither selfsight's nor timm's") from None
-    _refuse_bomb(config, made, read_tensors(file), path)
+    stored = read_export(path)
+    _refuse_bomb(config, made, stored.backbone | stored.own, path)
     encoder = build_encoder(config, made, seed=0)
-    load_weights(encoder, str(file), config.name)
+    wanted = {name: table.shape for name, table in encoder.named_parameters() if name in PLANE_TABLES}
+    if wanted != {name: table.shape for name, table in stored.own.items()}:
+        raise UsageError(f"{path}: {PLANES} is not what its config.json describes ({', '.join(wanted) or 'nothing'})")
+    adopt(encoder, stored, str(file))
     return encoder.eval()
 
 
@@ -252,6 +281,8 @@ def _refuse_bomb(config: EncoderConfig, made: Preprocessing, stored: dict[str, T
     table = (config.image_size // (config.patch or 16)) ** 2 * (config.width or 1)
     if table > 8 * max(bytes_held, 2**20) or made.image_size != config.image_size:
         raise UsageError(f"{path}: describes an encoder that its weights do not fit (image_size)")
+    if (made.channels, made.frames) != (config.channels, config.frames):
+        raise UsageError(f"{path}: describes inputs that its encoder does not take (channels, frames)")
     try:
         with torch.device("meta"):
             described = sum(p.numel() for p in build_encoder(config, made, seed=0).parameters())

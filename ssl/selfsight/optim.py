@@ -5,7 +5,7 @@ from math import cos, pi
 import torch
 from torch import Tensor, nn
 
-from selfsight.encoder import Encoder
+from selfsight.encoder import PLANE_TABLES, Encoder
 from selfsight.recipe import OptimConfig
 
 
@@ -24,7 +24,7 @@ def build_optimizer(objective: nn.Module, encoder: Encoder, config: OptimConfig)
     Vectors and tokens are not decayed. With layer_decay d, block i of L has scale d^(L - i), the stem d^(L + 1), and
     all that is not the encoder's (or comes after its blocks) 1, as in BEiT and MAE's fine-tuning.
     """
-    spared = {"pos_embed", "cls_token", "reg_token", "mask_token"}
+    spared = {"pos_embed", "cls_token", "reg_token", "mask_token", *PLANE_TABLES}
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
@@ -52,10 +52,9 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 
 
 def _scale(name: str, encoder: Encoder, decay: float) -> float:
-    prefix = "encoder.backbone."
-    if decay == 1.0 or not name.startswith(prefix):
+    prefix, depth = "encoder.backbone.", len(encoder.blocks)
+    if decay == 1.0 or not name.startswith("encoder."):
         return 1.0
-    depth = len(encoder.blocks)
     part, *rest = name.removeprefix(prefix).split(".")
     if part == "blocks":
         return decay ** (depth - int(rest[0]))

@@ -58,6 +58,14 @@ class DataConfig(Section):
     """Stored values that become 0 and 1 before mean and std, such as -1000, 2000 of a CT; null: all of the depth (32 needs one)."""
     frame_step: int = Field(1, ge=1, le=1024)
     """Of clips and volumes, planes from one plane of the input to the next."""
+    repeat: int = Field(1, ge=1, le=64)
+    """Views of a sample that stand side by side in a batch, each with its own crop, from one decoding (Hoffer et al. 2020). An epoch
+    still has as many images as the set has samples, so that each sample comes every `repeat` epochs."""
+    cache: Literal["auto", "off"] = "auto"
+    """Use the pixels that `selfsight shards cache` has stored of small images, if it has; the images are the same."""
+    fast_decode: bool = False
+    """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where every crop stays as large as its view: faster for large photographs, slightly
+    other pixels (extra: pip install 'selfsight[fast]')."""
     bad_share: float = Field(0.001, ge=0, le=1)
     """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
 
@@ -79,6 +87,15 @@ class EncoderConfig(Section):
     """Side of the square input, pixels."""
     channels: int = Field(3, ge=1, le=32)
     """Input channels."""
+    frames: int = Field(1, ge=1, le=1024)
+    """Planes of the input: slices of a volume or frames of a clip; 1: a plain image."""
+    tube: int = Field(1, ge=1, le=256)
+    """Planes in a patch; frames is a multiple of it."""
+    channel_tokens: bool = False
+    """Each channel has tokens of its own, by one stem for all and an embedding of the channel (ChannelViT, arXiv 2309.16108)."""
+    channel_sampling: bool = True
+    """With channel_tokens, objectives that embed whole views show a random number of random channels in each batch, so that
+    any of the channels will do later."""
     patch: int | None = Field(None, ge=1, le=1024)
     """Side of a patch, pixels; null: as the model has it."""
     width: int | None = Field(None, ge=8, le=32768)
@@ -101,6 +118,14 @@ class EncoderConfig(Section):
     """Start from these: a timm tag (`timm`: the model's default; downloads), a .safetensors file, or an exported folder."""
     pool: Literal["cls", "mean", "cls+mean", "head"] = "mean"
     """How tokens become the feature of an image; head: the timm model's own way."""
+
+    @model_validator(mode="after")
+    def _whole_tubes(self) -> "EncoderConfig":
+        if self.frames % self.tube:
+            raise ValueError(f"frames {self.frames} is not a multiple of tube {self.tube}")
+        if self.channel_tokens and self.frames > 1:
+            raise ValueError("channel_tokens and frames: the tokens are those of channels or of planes; choose one")
+        return self
 
 
 class OptimConfig(Section):

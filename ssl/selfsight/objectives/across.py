@@ -145,6 +145,11 @@ def _number() -> int:
     return rank * group.count + _part.number if group else rank
 
 
+def first_position(positions: Tensor) -> int:
+    """The first position of the whole micro-batch, of which this rank, or part, has its equal share (B,) in order."""
+    return int(positions[0]) - _number() * len(positions)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from selfsight import keyed
 from selfsight.data.loader import Batch
 from selfsight.data.views import View
 from selfsight.encoder import Encoder, Tokens
 from selfsight.errors import UsageError
+from selfsight.objectives.across import first_position
 from selfsight.objectives.configs import EMATeacherConfig, ObjectiveConfig
 from selfsight.optim import move_average
+from selfsight.stem import sample_channels
 
 
 class Setting(NamedTuple):
@@ -26,6 +29,8 @@ class Setting(NamedTuple):
     data: str
     """The id of the data."""
     seed: int
+    clips: bool | None = None
+    """Whether its samples are clips of several frames; None: not known."""
 
 
 class Loss(NamedTuple):
@@ -93,7 +98,7 @@ class Objective(nn.Module):
         return self.encoder
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Normalised images (B, C, S, S) by caption that show a person what the task is and how well it goes."""
+        """Normalised images (B, C, S, S), or volumes (B, C, D, S, S), by caption that show a person what the task is and how well it goes."""
         return {f"view {i + 1}": view for i, view in enumerate(batch.views)}
 
     def encoded(self, batch: Batch, view: int) -> tuple[Tokens, Tensor]:
@@ -105,11 +110,23 @@ class Objective(nn.Module):
         key = (id(self.encoder), id(images))  # both outlive the batch
         if key not in batch.shared:
             number = len(batch.shared)
+            shown, channels = self.shown(batch, images)
             tokens, features = self.encoder.encode(
-                images, (pool,), lambda purpose, n: batch.uniform(f"{purpose} {number}", n)
+                shown, (pool,), lambda purpose, n: batch.uniform(f"{purpose} {number}", n), channels
             )
             batch.shared[key] = tokens, features[pool]
         return batch.shared[key]
+
+    def shown(self, batch: Batch, images: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
+        """The images' channels that a step embeds, and which they are: in training with `encoder.channel_sampling` a random
+        choice, the same for every view and image of the micro-batch on all ranks; else all of them (None)."""
+        config = self.encoder.config
+        if not (self.training and config.channel_tokens and config.channel_sampling):
+            return images, None
+        first = first_position(batch.positions)
+        draws = keyed.uniform(batch.seed, "channels", [first], 1 + config.channels)[0]
+        channels = sample_channels(torch.from_numpy(draws))
+        return images[:, channels], channels
 
     def tokens(self, batch: Batch, view: int) -> Tokens:
         """All tokens of a view."""

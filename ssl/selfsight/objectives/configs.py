@@ -41,6 +41,8 @@ class MAEConfig(ObjectiveConfig):
     """Which objective."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of the patches that is hidden."""
+    masking: Literal["random", "tube"] = "random"
+    """Of volumes and channel tokens: patches one by one, or the same places in every plane (tubes, VideoMAE, arXiv 2203.12602)."""
     predict_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the hidden patches that the decoder rebuilds (dual masking, VideoMAE V2, arXiv 2303.16727)."""
     decoder_width: int = Field(512, ge=8, le=32768)
@@ -90,7 +92,10 @@ class VICRegConfig(ObjectiveConfig):
     view: View = View(**_STRONG)
     """The first view."""
     second_view: View | None = None
-    """The second view; null: made as the first. With `shift`, another frame of the same clip: temporal pairs."""
+    """The second view; null: made as the first. Of clips, another moment; with `shift`, another frame of a clip in a folder."""
+    order: float = Field(0.0, ge=0)
+    """Weight of temporal order verification, for clips (Misra, Zitnick, Hebert 2016, arXiv 1603.08561): the views show the
+    first two of three moments, a third view the last one, and a linear layer says whether they are in order. 0: none."""
 
 
 class RotationConfig(ObjectiveConfig):

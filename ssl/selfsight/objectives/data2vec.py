@@ -1,7 +1,8 @@
 """data2vec for images (Baevski et al. 2022, arXiv 2202.03555): predict what an average teacher has for masked patches.
 
 The teacher sees the whole image, the student one with mask tokens. The target is the teacher's last block, normalised
-token by token, where the paper averages the last six; squares are masked at random, where the paper masks blocks.
+token by token, where the paper averages the last six; squares are masked at random, where the paper masks blocks, and in
+every plane of a volume, or channel of channel tokens, alike.
 """
 
 import torch
@@ -13,7 +14,7 @@ from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.objectives.base import EMATaught, Loss
 from selfsight.objectives.configs import Data2VecConfig
-from selfsight.objectives.masks import cells_of, enlarge, mask_squares
+from selfsight.objectives.masks import cells_of, mask_patches, mask_squares
 
 
 class Data2Vec(EMATaught):
@@ -37,7 +38,7 @@ class Data2Vec(EMATaught):
         """Smooth L1 over masked patches (equation 2)."""
         images = batch.views[0]
         cells = mask_squares(batch.uniform("mask", self.side**2), self.side, self.masked)
-        mask = enlarge(cells, self.config.mask_size // self.encoder.patch).flatten(1)
+        mask = mask_patches(cells, self.encoder, self.config.mask_size)
         with torch.no_grad():
             target = self.teacher(images).patches.float()
             target = F.layer_norm(target, target.shape[-1:])

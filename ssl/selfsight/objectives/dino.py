@@ -106,12 +106,13 @@ class DINO(EMATaught):
         def draw(purpose: str, count: int) -> Tensor:
             return torch.cat([batch.uniform(f"{purpose} local {number}", count) for number in range(len(views))])
 
-        tokens = self.encoder(torch.cat(views), any_size=True, draw=draw)
+        shown, channels = self.shown(batch, torch.cat(views))
+        tokens = self.encoder(shown, any_size=True, draw=draw, channels=channels)
         return [Tokens(*parts) for parts in zip(*(part.chunk(len(views)) for part in tokens), strict=True)]
 
     def mask(self, batch: Batch, number: int) -> Tensor:
         """Which patches of a global view are masked: (B, N) bool; none in some of the images."""
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
+        patches = self.encoder.patches
         least, most = self.config.mask_ratio
         chance, share = batch.uniform(f"mask share {number}", 2).split(1, dim=1)
         count = ((least + (most - least) * share) * patches).round().clamp(1, patches - 1)

@@ -17,7 +17,7 @@ from selfsight.encoder import Encoder
 from selfsight.objectives.across import gather
 from selfsight.objectives.base import Loss, Objective, Setting, exact
 from selfsight.objectives.configs import DistillConfig
-from selfsight.objectives.teacher import Outputs, StoredTeacher, Teacher, load_teacher, square
+from selfsight.objectives.teacher import Outputs, StoredTeacher, Teacher, load_teacher, refuse_planes, square
 
 
 class Distill(Objective):
@@ -38,6 +38,7 @@ class Distill(Objective):
         if config.embedding:
             self.project = projector(encoder.feature_width, widths["embedding"])
         if config.patches:
+            refuse_planes(encoder, encoder.config.name)
             self.side = square((encoder.preprocessing.image_size // encoder.stride) ** 2, encoder.config.name)
             self.project_patches = projector(encoder.width, widths["patches"])
         if config.logits:
@@ -97,6 +98,8 @@ def origin(config: DistillConfig, encoder: Encoder, setting: Setting) -> dict[st
     fields = config.model_dump(mode="json", include={"teacher", "augmentations", "view"})
     if config.logits:
         fields |= config.model_dump(mode="json", include={"temperature", "top_k"})
+    if made.frames > 1:
+        fields |= {"frames": made.frames, "step": made.step}
     return fields | {
         "data": setting.data,
         "seed": setting.seed,

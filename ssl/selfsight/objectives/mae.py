@@ -4,6 +4,9 @@ Two departures that change the cost and not the result: hidden patches are dropp
 decoder's last norm and prediction run on hidden patches only. The decoder sees visible tokens first and hidden ones
 after them; attention does not care, since each carries its position. Optional: only a part of the hidden patches is
 rebuilt (VideoMAE V2, arXiv 2303.16727), other distances, and a second target, the magnitude of the image's gradient.
+
+Of volumes (B, C, D, S, S) the patches are tubes (Feichtenhofer et al. 2022, arXiv 2205.09113; VideoMAE, Tong et al. 2022,
+arXiv 2203.12602); with channel tokens each patch is one channel's.
 """
 
 import torch
@@ -11,11 +14,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfsight.data.loader import Batch
-from selfsight.encoder import Encoder, Tokens, patchify, take, unpatchify
+from selfsight.encoder import Encoder, Tokens, take
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import MAEConfig
-from selfsight.objectives.masks import random_masking, split_patches
+from selfsight.objectives.masks import in_every_plane, random_masking, split_patches
 from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
 from selfsight.positions import sincos
 
@@ -29,7 +32,9 @@ class MAE(Objective):
     def __init__(self, encoder: Encoder, config: MAEConfig) -> None:
         super().__init__(encoder, config)
         self.views = (config.view,)
-        self.visible, hidden = split_patches(encoder, config.mask_ratio)
+        # What is drawn: every patch by itself, or one place for all planes.
+        self.planes = encoder.planes if config.masking == "tube" else 1
+        self.visible, hidden = split_patches(encoder, config.mask_ratio, self.planes)
         self.predicted, width = max(1, round(hidden * config.predict_ratio)), config.decoder_width
         if width % config.decoder_heads or width % 4:
             raise UsageError(
@@ -42,7 +47,7 @@ class MAE(Objective):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.targets = 2 if config.edges else 1
-        self.predict = nn.Linear(width, self.targets * encoder.patch**2 * encoder.preprocessing.channels)
+        self.predict = nn.Linear(width, self.targets * encoder.patch_values)
         self.register_buffer("positions", sincos(width, encoder.grid, encoder.prefix_tokens), persistent=False)
         self.positions: Tensor
         for module in self.modules():
@@ -59,7 +64,7 @@ class MAE(Objective):
         predicted, *edges = predicted.chunk(self.targets, dim=-1)
         target = self.target(images, hidden)
         loss = self.distance(predicted, target, images, hidden)
-        # The floor paints the hidden patches in the mean of each image's targets; 1 - 1 / p^2 C for normalised ones.
+        # The floor paints the hidden patches in the mean of each image's targets; 1 - 1 / values for normalised ones.
         constant = target.mean(dim=(1, 2), keepdim=True).expand_as(target)
         terms = {"floor": self.distance(constant, target, images, hidden).detach()}
         for prediction in edges:
@@ -71,9 +76,12 @@ class MAE(Objective):
 
     def mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Patches that the encoder sees (B, K), and those that the decoder rebuilds (B, M)."""
-        draws = batch.uniform("mask", self.encoder.grid[0] * self.encoder.grid[1])
-        keep, hidden = random_masking(draws, self.visible)
-        return keep, hidden[:, : self.predicted]
+        places = self.encoder.patches // self.planes
+        keep, hidden = random_masking(batch.uniform("mask", places), self.visible)
+        hidden = hidden[:, : self.predicted]
+        if self.planes == 1:
+            return keep, hidden
+        return in_every_plane(keep, self.planes, places), in_every_plane(hidden, self.planes, places)
 
     def distance(self, predicted: Tensor, target: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
         """Mean squared or absolute difference of patches (B, M, C p p), or 1 - MS-SSIM of the images they make."""
@@ -84,12 +92,12 @@ class MAE(Objective):
 
     def in_place(self, predicted: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
         """The images with predicted patches in their places; a normalised patch gets its own mean and variance back."""
-        patches = patchify(images, self.encoder.patch)
+        patches = self.encoder.patchify(images)
         if self.config.normalize_patches:
             true = take(patches, hidden)
             predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
         rebuilt = patches.scatter(1, hidden[..., None].expand_as(predicted), predicted)
-        return unpatchify(rebuilt, self.encoder.patch, self.encoder.grid)
+        return self.encoder.unpatchify(rebuilt)
 
     def decode(self, tokens: Tokens, keep: Tensor, hidden: Tensor) -> Tensor:
         """Pixels of the hidden patches (B, M, C p p) from the encoder's tokens of the visible ones."""
@@ -103,7 +111,7 @@ class MAE(Objective):
 
     def target(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Pixels of the hidden patches (B, M, C p p), each patch normalised if the recipe says so."""
-        target = take(patchify(images, self.encoder.patch), hidden)
+        target = take(self.encoder.patchify(images), hidden)
         if self.config.normalize_patches:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return target
@@ -113,10 +121,10 @@ class MAE(Objective):
         """The image, what the encoder saw of it, and what the decoder made of that."""
         images, (keep, hidden) = batch.views[0], self.mask(batch)
         predicted = self.decode(self.encoder(images, keep=keep), keep, hidden).float().chunk(self.targets, dim=-1)[0]
-        patches = patchify(images, self.encoder.patch)
+        patches = self.encoder.patchify(images)
         seen = patches * torch.zeros_like(patches[..., :1]).scatter(1, keep[..., None], 1.0)
         return {
             "augmented view": images,
-            "what the encoder sees": unpatchify(seen, self.encoder.patch, self.encoder.grid),
+            "what the encoder sees": self.encoder.unpatchify(seen),
             "reconstruction": self.in_place(predicted, images, hidden),
         }

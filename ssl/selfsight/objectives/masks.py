@@ -2,6 +2,7 @@
 
 from math import ceil
 
+import torch
 from torch import Tensor
 
 from selfsight.encoder import Encoder
@@ -29,15 +30,26 @@ def enlarge(mask: Tensor, factor: int) -> Tensor:
     return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
 
-def split_patches(encoder: Encoder, ratio: float) -> tuple[int, int]:
-    """How many patches stay visible and how many are hidden.
+def in_every_plane(index: Tensor, planes: int, patches: int) -> Tensor:
+    """Of the `patches` of a plane these (B, K), in every plane: (B, planes K), plane after plane."""
+    starts = patches * torch.arange(planes, device=index.device)
+    return (starts[:, None] + index[:, None]).flatten(1)
+
+
+def mask_patches(cells: Tensor, encoder: Encoder, size: int) -> Tensor:
+    """Masked squares of `size` pixels (B, side, side) as masked patches (B, N), the same in every plane."""
+    return enlarge(cells, size // encoder.patch).flatten(1).repeat(1, encoder.planes)
+
+
+def split_patches(encoder: Encoder, ratio: float, planes: int = 1) -> tuple[int, int]:
+    """How many patches stay visible and how many are hidden, of all or of those of one plane among so many.
 
     Raises:
         UsageError: a backbone that cannot drop patches, or a ratio that leaves none visible or none hidden.
     """
     if not encoder.plain:
         raise UsageError(f"encoder.name: {encoder.config.name} cannot drop patches; choose a vit_* model")
-    patches = encoder.grid[0] * encoder.grid[1]
+    patches = encoder.patches // planes
     visible = round(patches * (1 - ratio))
     if not 0 < visible < patches:
         raise UsageError(

@@ -13,9 +13,10 @@ _C1, _C2 = 0.01**2, 0.03**2  # for pixels in 0..1
 
 
 def gradient_magnitude(images: Tensor) -> Tensor:
-    """Length of the Sobel gradient of every channel: (B, C, H, W), borders repeated."""
+    """Length of the Sobel gradient of every channel: (B, C, H, W), borders repeated; of volumes (B, C, D, H, W) in each plane."""
     smooth, slope = images.new_tensor((1.0, 2.0, 1.0)) / 4, images.new_tensor((-1.0, 0.0, 1.0)) / 2
-    padded = F.pad(images, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
+    planes = images.flatten(1, -3)
+    padded = F.pad(planes, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
     kernels = torch.stack([smooth[:, None] * slope, slope[:, None] * smooth])[:, None]
     with exact(padded):
         across, down = F.conv2d(padded, kernels).unbind(1)
@@ -26,9 +27,12 @@ def ms_ssim(a: Tensor, b: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Mean multi-scale structural similarity (Wang et al. 2003) of normalised images (B, C, H, W), compared in 0..1.
 
     Images too small for five scales of an 11-pixel window are compared at as many as fit, their exponents scaled to the
-    same sum of 1; an image smaller than the window with a window of its size.
+    same sum of 1; an image smaller than the window with a window of its size. Of volumes (B, C, D, H, W), the mean over
+    planes.
     """
     a, b = preprocessing.pixels(a), preprocessing.pixels(b)
+    if a.ndim == 5:
+        a, b = (x.transpose(1, 2).flatten(0, 1) for x in (a, b))
     window = min(WINDOW, min(a.shape[-2:]))
     scales = 1
     while scales < len(SCALES) and min(a.shape[-2:]) // 2**scales >= window:

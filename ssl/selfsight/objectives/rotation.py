@@ -29,17 +29,23 @@ class Rotation(Objective):
     def forward(self, batch: Batch) -> Loss:
         """Cross-entropy, and the share of right answers; chance is log 4 and a quarter."""
         turned, labels = self.turn(batch)
+        shown, channels = self.shown(batch, turned)
         features = self.encoder.embed(
-            turned, draw=lambda purpose, n: batch.uniform(purpose, n).repeat(len(turned) // len(batch.positions), 1)
+            shown,
+            draw=lambda purpose, n: batch.uniform(purpose, n).repeat(len(turned) // len(batch.positions), 1),
+            channels=channels,
         )
         logits = self.head(features).float()
         right = (logits.argmax(1) == labels).float().mean()
         return Loss(F.cross_entropy(logits, labels), {"accuracy": right, "floor": logits.new_full((), log(4))})
 
     def turn(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Turned images and their labels: (B, C, S, S) and (B,), or all four turns of the batch one after the other."""
+        """Turned images and their labels: (B, C, S, S) and (B,), or all four turns of the batch one after the other.
+
+        Volumes (B, C, D, S, S) are turned in their planes.
+        """
         images = batch.views[0]
-        turns = torch.stack([images.rot90(quarters, (2, 3)) for quarters in range(4)])
+        turns = torch.stack([images.rot90(quarters, (-2, -1)) for quarters in range(4)])
         if self.config.turns == "all":
             return turns.flatten(0, 1), torch.arange(4, device=images.device).repeat_interleave(len(images))
         labels = (4 * batch.uniform("rotation", 1)[:, 0]).long()

@@ -1,14 +1,17 @@
-"""SimMIM (Xie et al. 2022, arXiv 2111.09886): masked squares become mask tokens, one linear layer regresses their pixels."""
+"""SimMIM (Xie et al. 2022, arXiv 2111.09886): masked squares become mask tokens, one linear layer regresses their pixels.
+
+Of a volume the same squares are masked in every plane, of channel tokens in every channel (tubes, as in VideoMAE).
+"""
 
 import torch
 from torch import Tensor, nn
 
 from selfsight.data.loader import Batch
-from selfsight.encoder import Encoder, unpatchify
+from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import SimMIMConfig
-from selfsight.objectives.masks import cells_of, enlarge, mask_squares
+from selfsight.objectives.masks import cells_of, enlarge, mask_patches, mask_squares
 
 
 class SimMIM(Objective):
@@ -24,34 +27,37 @@ class SimMIM(Objective):
         self.views = (config.view,)
         self.side, self.masked = cells_of(encoder, config.mask_size, config.mask_ratio)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.zeros(encoder.stem_width), std=0.02))
-        self.predict = nn.Linear(encoder.width, encoder.stride**2 * encoder.preprocessing.channels)
+        self.predict = nn.Linear(encoder.width, encoder.patch_values)
 
     def forward(self, batch: Batch) -> Loss:
         """Mean absolute error over masked pixels (section 3.4)."""
         images, cells = batch.views[0], self.cells(batch)
-        masked = enlarge(cells, self.config.mask_size)[:, None]
-        count = self.masked * self.config.mask_size**2 * images.shape[1]  # masked values of an image
+        masked, each = self.pixels(images, cells), tuple(range(1, images.ndim))
+        count = self.masked * self.config.mask_size**2 * images[0, ..., 0, 0].numel()  # masked values of an image
         error = (self.rebuild(batch, cells) - images).abs() * masked
-        mean = (images * masked).sum((1, 2, 3), keepdim=True) / count
-        floor = ((images - mean).abs() * masked).sum((1, 2, 3)) / count  # one colour for all that is masked
+        mean = (images * masked).sum(each, keepdim=True) / count
+        floor = ((images - mean).abs() * masked).sum(each) / count  # one colour for all that is masked
         return Loss(error.sum() / (count * len(images)), {"floor": floor.mean()})
 
     def cells(self, batch: Batch) -> Tensor:
         """Which squares are masked: (B, side, side) bool."""
         return mask_squares(batch.uniform("mask", self.side**2), self.side, self.masked)
 
+    def pixels(self, images: Tensor, cells: Tensor) -> Tensor:
+        """Which pixels are masked, to go with images (B, C, S, S) or volumes (B, C, D, S, S)."""
+        masked = enlarge(cells, self.config.mask_size)
+        return masked.view(len(images), *[1] * (images.ndim - 3), *masked.shape[1:])
+
     def rebuild(self, batch: Batch, cells: Tensor) -> Tensor:
-        """Predicted pixels of the whole image (B, C, S, S)."""
-        encoder = self.encoder
-        mask = enlarge(cells, self.config.mask_size // encoder.patch).flatten(1)
-        tokens = encoder(batch.views[0], mask=mask, mask_token=self.mask_token, draw=batch.uniform)
-        side = encoder.preprocessing.image_size // encoder.stride
-        return unpatchify(self.predict(tokens.patches).float(), encoder.stride, (side, side))
+        """Predicted pixels of the whole image (B, C, S, S), or volume (B, C, D, S, S)."""
+        mask = mask_patches(cells, self.encoder, self.config.mask_size)
+        tokens = self.encoder(batch.views[0], mask=mask, mask_token=self.mask_token, draw=batch.uniform)
+        return self.encoder.unpatchify(self.predict(tokens.patches).float())
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The image, what is left of it, and the prediction in the masked squares."""
         images, cells = batch.views[0], self.cells(batch)
-        masked = enlarge(cells, self.config.mask_size)[:, None]
+        masked = self.pixels(images, cells)
         rebuilt = torch.where(masked, self.rebuild(batch, cells), images)
         return {"augmented view": images, "what the encoder sees": images * ~masked, "reconstruction": rebuilt}

@@ -58,7 +58,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, made: Preprocessing) -> Outputs:
-        """What a student of `config` learns from, of images (B, C, S, S) that were made for the student.
+        """What a student of `config` learns from, of images (B, C, S, S), or volumes (B, C, D, S, S), made for the student.
 
         Returns:
             Of embedding (B, D), patches (B, N, D), and the largest probabilities (B, K) with their classes (B, K).
@@ -83,9 +83,11 @@ class Teacher(nn.Module):
         own = self.encoder.preprocessing
         images = made.pixels(images)
         if own.channels == 3 and made.channels == 1:
-            images = images.expand(-1, 3, -1, -1)
+            images = images.expand(-1, 3, *images.shape[2:])
         if own.image_size != images.shape[-1]:
-            images = F.interpolate(images, (own.image_size, own.image_size), mode="bicubic", antialias=True)
+            size = (own.image_size, own.image_size)
+            resized = F.interpolate(images.flatten(1, -3), size, mode="bicubic", antialias=True)
+            images = resized.view(*images.shape[:-2], *size)
         mean, std = own.statistics(images.device)
         return (images - mean) / std
 
@@ -104,11 +106,20 @@ def load_teacher(config: DistillConfig, made: Preprocessing) -> Teacher:
     own = encoder.preprocessing
     if own.channels != made.channels and (own.channels, made.channels) != (3, 1):
         raise UsageError(f"objective.teacher: {source} takes {own.channels} channels, the student {made.channels}")
+    if own.frames != made.frames:
+        raise UsageError(f"objective.teacher: {source} takes {own.frames} planes, the student {made.frames}")
     if config.patches:
+        refuse_planes(encoder, source)
         with torch.no_grad():
             tokens = encoder(torch.zeros(1, own.channels, own.image_size, own.image_size)).patches.shape[1]
         square(tokens, source)
     return Teacher(encoder, config, _classifier(source) if config.logits else None)
+
+
+def refuse_planes(encoder: Encoder, whose: str) -> None:
+    """Raise UsageError if patch tokens lie in planes, of a volume or for each channel, which have no counterpart elsewhere."""
+    if encoder.volumetric:
+        raise UsageError(f"objective.patches: the patch tokens of {whose} lie in planes; distil its embedding")
 
 
 def square(tokens: int, whose: str) -> int:

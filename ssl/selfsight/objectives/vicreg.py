@@ -1,7 +1,12 @@
-"""VICReg (Bardes, Ponce, LeCun 2022, arXiv 2105.04906), in the paper's order, over the global batch."""
+"""VICReg (Bardes, Ponce, LeCun 2022, arXiv 2105.04906), in the paper's order, over the global batch.
 
-from math import sqrt
+Of clips also temporal order verification ("Shuffle and Learn", Misra, Zitnick, Hebert 2016, arXiv 1603.08561): of three
+moments, the first two are the positive pair, and all three are told apart from a triple that is out of order.
+"""
 
+from math import log, sqrt
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +28,10 @@ class VICReg(Objective):
     def __init__(self, encoder: Encoder, config: VICRegConfig) -> None:
         super().__init__(encoder, config)
         self.views = (config.view, config.second_view or config.view)
+        if config.order:
+            moments = enumerate((*self.views, config.view))
+            self.views = tuple(view.model_copy(update={"moment": moment}) for moment, view in moments)
+            self.in_order = nn.Linear(3 * encoder.feature_width, 2)
         widths = [encoder.feature_width, *[config.expander_width] * config.expander_layers]
         self.expander = mlp(widths, norm=GlobalBatchNorm, activation=nn.ReLU)
 
@@ -38,9 +47,22 @@ class VICReg(Objective):
                 "covariance": covariance(first) + covariance(second),
             }
         loss = sum((getattr(self.config, name) * term for name, term in terms.items()), first.new_zeros(()))
+        if self.config.order:
+            terms |= self.verify_order(batch)
+            loss = loss + self.config.order * terms["order"]
         # One more coordinate, as long as a healthy embedding: a cloud that shrinks to a point shows as a direction, too.
         watched = F.pad(first.detach(), (0, 1), value=sqrt(first.shape[1]))
         return Loss(loss, {name: term.detach() for name, term in terms.items()}, {"embedding": watched})
+
+    def verify_order(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy with its floor, and the share of right answers; chance is log 2 and a half."""
+        moments = torch.stack([self.feature(batch, view) for view in range(3)], dim=1)
+        places, labels = triples(batch.uniform("order", 2))
+        shown = moments.gather(1, places[..., None].expand_as(moments))
+        logits = self.in_order(shown.flatten(1)).float()
+        right = (logits.argmax(1) == labels).float().mean()
+        floor = logits.new_full((), log(2))
+        return {"order": F.cross_entropy(logits, labels), "order/floor": floor, "order_accuracy": right}
 
     @property
     def compares_images(self) -> bool:
@@ -48,10 +70,28 @@ class VICReg(Objective):
         return True
 
     def check(self, setting: Setting) -> list[str]:
-        """Whether the gathered batch has statistics worth the name."""
+        """Whether the gathered batch has statistics worth the name, and clips an order.
+
+        Raises:
+            UsageError: `order` of single images.
+        """
         advice = "train.accumulate does not enlarge it; more images on a GPU, more GPUs, or train.checkpoint_blocks do"
+        if self.config.order and setting.clips is False:
+            raise UsageError(
+                "objective.order: its triples are moments of clips, and these samples are single images; "
+                "pack clips (KEY.000.jpg, KEY.001.jpg, ...), or leave it at 0"
+            )
         few = f"vicreg: its statistics are those of {setting.images} images, fewer than {FEW}; {advice}"
         return super().check(setting) + ([few] if setting.images < FEW else [])
+
+
+def triples(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Of two uniform numbers for each clip (B, 2), the order (B, 3) in which its moments are shown, and whether it is theirs
+    (B,): half are as they were, of the others the first two or the last two are swapped, so that neither direction of
+    time has them in order (section 3.1: a reversed triple counts as in order)."""
+    orders = torch.tensor([[1, 0, 2], [0, 2, 1], [0, 1, 2]], device=draws.device)
+    right = draws[:, 0] < 0.5
+    return orders[torch.where(right, 2, (2 * draws[:, 1]).long())], right.long()
 
 
 def variance(z: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+"""What `selfsight doctor` must see: each defect is put into a small set or recipe, and the finding that names it is looked for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selfsight import doctor as subject
+from selfsight.assemble import assemble
+from selfsight.cli import main
+from selfsight.data.build import write_shards
+from selfsight.doctor import Finding, examine, timed_steps
+from selfsight.processes import join
+from selfsight.recipe import validate
+
+Images = list[tuple[Image.Image, int]]
+
+
+def noisy(count: int, seed: int = 0, size: int = 16) -> Images:
+    made = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+    return [(Image.fromarray(pixels), i % 3) for i, pixels in enumerate(made)]
+
+
+def recipe_tree(folder: Path, **sections: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "run_dir": str(folder.parent / "run"),
+        "data": {"train": str(folder)},
+        "encoder": {"image_size": 16, "patch": 8, "width": 16, "depth": 1, "heads": 2},
+        "objective": {"name": "mae", "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2},
+        "train": {"steps": 200, "batch_size": 8, "device": "cpu", "workers": 0},
+    }
+    for name, fields in sections.items():
+        tree[name] = tree.get(name, {}) | fields
+    return tree
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Finding]]:
+    monkeypatch.setattr(subject, "STEP_SECONDS", 0.2)
+
+    def look(images: Images, **sections: Any) -> dict[str, Finding]:
+        folder = tmp_path / "shards"
+        folder.mkdir()
+        write_shards(iter(images), folder, "s", per_shard=1000)
+        return {finding.topic: finding for finding in examine(validate(recipe_tree(folder, **sections), "test"))}
+
+    return look
+
+
+def test_a_healthy_run_has_nothing_in_its_way(found: Callable[..., dict[str, Finding]]) -> None:
+    seen = found(noisy(60))
+    assert {finding.level for finding in seen.values()} == {"ok"}
+    assert "60 samples in 1 shards" in seen["data"].told
+    assert "7.5 steps an epoch" in seen["schedule"].told
+    assert "images/s" in seen["rates"].told
+
+
+def copies() -> Images:
+    return [*noisy(40), *noisy(20)]
+
+
+def one_colour() -> Images:
+    return [*noisy(30), *((Image.new("RGB", (16, 16), (i, i, i)), 0) for i in range(30))]
+
+
+def in_order() -> Images:
+    return [(image, i // 20) for i, (image, _) in enumerate(noisy(60))]
+
+
+def dark() -> Images:
+    return [(image.point(lambda value: value // 64), label) for image, label in noisy(60)]
+
+
+def large() -> Images:
+    return noisy(40, size=80)
+
+
+@pytest.mark.parametrize(
+    ("images", "sections", "topic", "level", "told"),
+    [
+        (copies, {}, "duplicates", "warning", "20 of 60 samples are exact copies"),
+        (one_colour, {}, "images", "warning", "30 of 60 images are one constant value"),
+        (in_order, {}, "order", "ok", "3 runs of 3 labels"),
+        (dark, {}, "statistics", "warning", "give data.mean and data.std"),
+        (large, {}, "sizes", "note", "--short-side 16 would make decoding cheap"),
+        (lambda: noisy(40, size=8), {}, "sizes", "note", "most images are enlarged"),
+        (lambda: noisy(40), {"train": {"steps": 20}}, "schedule", "warning", "too few"),
+        (
+            lambda: noisy(40),
+            {"encoder": {"channels": 5}, "data": {"mean": [0.5] * 5, "std": [0.5] * 5}},
+            "images",
+            "problem",
+            "40 of 40 images cannot be used",
+        ),
+    ],
+)
+def test_each_defect_is_seen(
+    found: Callable[..., dict[str, Finding]],
+    images: Callable[[], Images],
+    sections: dict[str, Any],
+    topic: str,
+    level: str,
+    told: str,
+) -> None:
+    seen = found(images(), **sections)
+    assert seen[topic].level == level, seen[topic]
+    assert told in seen[topic].told
+
+
+def test_test_images_among_the_others_are_seen(tmp_path: Path, found: Callable[..., dict[str, Finding]]) -> None:
+    write_shards(iter([*noisy(10), *noisy(30, seed=5)]), tmp_path, "test", per_shard=1000)
+    spec = str(tmp_path / "test-000000.tar")
+    seen = found(noisy(40), eval={"train": str(tmp_path / "shards"), "test": spec, "k": [5]})
+    assert seen["overlap"].level == "warning"
+    assert seen["overlap"].told.startswith("10 of 40 images of eval.test are in eval.train")
+
+
+def test_memory_and_disk_are_compared_with_what_is_there(
+    found: Callable[..., dict[str, Finding]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "_memory", lambda device: 2**14)
+    monkeypatch.setattr(subject, "disk_usage", lambda path: type("Usage", (), {"free": 2**16}))
+    seen = found(noisy(40))
+    assert seen["memory"].level == "warning"
+    assert "raise train.accumulate" in seen["memory"].told
+    assert seen["disk"].level == "problem"
+
+
+def test_what_the_backward_pass_keeps_is_counted(tmp_path: Path) -> None:
+    """In proportion to the images, and without the parameters, which autograd keeps, too."""
+    write_shards(iter(noisy(70)), tmp_path, "s", per_shard=1000)
+    saved = []
+    for batch in (4, 64):
+        recipe = validate(recipe_tree(tmp_path / "s-000000.tar", train={"batch_size": batch}), "test")
+        accelerator = join(recipe)
+        parts = assemble(recipe, accelerator.device)
+        saved.append(timed_steps(parts, parts.batches(), accelerator)[1])
+    assert saved[1] == pytest.approx(16 * saved[0], rel=0.1)
+
+
+def test_the_command_prints_a_table_or_json_and_ends_with_the_runs_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "STEP_SECONDS", 0.2)
+    write_shards(iter(noisy(40)), tmp_path, "s", per_shard=1000)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_tree(tmp_path / "s-000000.tar")))
+    assert main(["doctor", str(recipe)]) == 0
+    assert "40 samples in 1 shards" in capsys.readouterr().out
+    given = ["--data.mean", str([0.5] * 7), "--data.std", str([0.5] * 7)]
+    assert main(["doctor", str(recipe), "--json", "--encoder.channels", "7", *given]) == 65
+    kinds = {item["topic"]: item["level"] for item in json.loads(capsys.readouterr().out)}
+    assert kinds["images"] == "problem"
+    assert main(["doctor", str(recipe), "--train.batch_size", "64"]) == 2
+    assert "has only 40" in capsys.readouterr().err

@@ -152,7 +152,9 @@ def test_what_is_not_there(bucket: Bucket, capsys: pytest.CaptureFixture[str]) -
 def test_no_right_to_it(bucket: Bucket, refused: tuple[int, str], capsys: pytest.CaptureFixture[str]) -> None:
     far = Shards("s3://images/train")
     bucket.faults += [refusal(*refused)]
-    with pytest.raises(DataGone, match=r"s3://images/train/small-000000.tar: the data cannot be read any more \(refused: .*it is"):
+    with pytest.raises(
+        DataGone, match=r"s3://images/train/small-000000.tar: the data cannot be read any more \(refused: .*it is"
+    ):
         far.read(0)
     far.close()
     bucket.faults += [refusal(*refused)]
@@ -167,7 +169,10 @@ def test_no_credentials(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     forget()
     assert cli.main(["shards", "check", "s3://images/train/small-000000.tar"]) == 65
-    assert "cannot be read (refused: Unable to locate credentials); are address and credentials right?" in capsys.readouterr().err
+    assert (
+        "cannot be read (refused: Unable to locate credentials); are address and credentials right?"
+        in capsys.readouterr().err
+    )
 
 
 def test_another_object_under_the_key_ends_the_run(bucket: Bucket, small_shards: Path) -> None:
@@ -176,7 +181,9 @@ def test_another_object_under_the_key_ends_the_run(bucket: Bucket, small_shards:
     assert far.read(0)
     size = (small_shards / "small-000000.tar").stat().st_size
     bucket.client.put_object(Bucket="images", Key="moved/small-000000.tar", Body=bytes(size))
-    with pytest.raises(ShardChanged, match="s3://images/moved/small-000000.tar: is another file than when the run started"):
+    with pytest.raises(
+        ShardChanged, match="s3://images/moved/small-000000.tar: is another file than when the run started"
+    ):
         far.read(1)
     bucket.client.put_object(Bucket="images", Key="moved/small-000001.tar", Body=b"cut")
     with pytest.raises(ShardChanged):

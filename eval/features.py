@@ -60,8 +60,9 @@ class CentralCrops(Dataset[Tensor]):
         return loader(self, numbers, workers if len(numbers) > FEW_BATCHES else 0, pin, LONGEST_WAIT)
 
     def __getitem__(self, number: int) -> Tensor:
-        made = []
-        for sample in self.ids[number * self.batch : (number + 1) * self.batch]:
+        made, ids = [], self.ids[number * self.batch : (number + 1) * self.batch]
+        self.shards.prefetch(ids)
+        for sample in ids:
             try:
                 bodies = self.shards.images(int(sample), self.shards.read(int(sample)))
                 pixels = Picture(bodies, self.form, self.step).window(0.5)

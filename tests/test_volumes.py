@@ -92,7 +92,13 @@ def test_positions_are_the_planes_and_the_depths() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"positions": "learned", "registers": 2}, {"name": "vit_base_patch16_clip_224"}]
+    "fields",
+    [
+        {},
+        {"positions": "learned", "registers": 2},
+        {"name": "vit_base_patch16_clip_224"},
+        {"name": "eva02_enormous_patch14_clip_224"},
+    ],
 )
 @torch.inference_mode()
 def test_tokens_are_those_of_a_loop_over_planes(fields: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Writing shards: from an image folder, a torchvision dataset, other tars, or the built-in digits."""
+"""Sources of shards: a folder of images, a torchvision dataset, other tars, or the built-in digits."""
 
 import bz2
 import gzip
@@ -10,40 +10,22 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import webdataset as wds
 from PIL import Image
 
 from selfsight.data import digits
-from selfsight.data.decode import open_image, pillow_image
-from selfsight.data.index import UNLABELLED, build_index
-from selfsight.data.samples import IMAGE_SUFFIXES, is_image
+from selfsight.data.folders import Reading, read_folder
+from selfsight.data.index import build_index
+from selfsight.data.packing import UNCHANGED, Encoding, Sample, write_shards
+from selfsight.data.samples import NONE
 from selfsight.data.shards import Shards, find_shards
 from selfsight.errors import DataError, StorageError, UsageError
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-FORM_OF = {"MPO": "JPEG"}  # a JPEG with further pictures behind it, as many cameras write
-SUFFIX_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif", "GIF": "gif"}
-
-Samples = Iterator[tuple[Image.Image | bytes, int | None]]  # encoded, or pixels to be stored as PNG; label
-
-
-class Encoding(NamedTuple):
-    """How images are stored: unchanged unless one of these is set."""
-
-    short_side: int | None = None  # pixels; larger images are reduced so that their shorter side has these
-    format: str | None = None  # "jpeg", "png" or "webp"
-    quality: int = 92  # of JPEG and WebP, 1-100
-
-    @property
-    def changes(self) -> bool:
-        return self.short_side is not None or self.format is not None
-
-
-UNCHANGED = Encoding()
+AS_IT_LIES = Reading()
+Pairs = Iterator[tuple[Image.Image | bytes, int | None]]
 
 
 class Built(NamedTuple):
@@ -53,6 +35,7 @@ class Built(NamedTuple):
     shards: int
     samples: int
     classes: int
+    groups: int
     bytes: int
 
 
@@ -63,7 +46,7 @@ def build(
     root: Path | None = None,
     split: str = "train",
     download: bool = False,
-    unlabelled: bool = False,
+    reading: Reading = AS_IT_LIES,
     encoding: Encoding = UNCHANGED,
     per_shard: int = 10_000,
 ) -> Built:
@@ -75,7 +58,7 @@ def build(
         root: where the torchvision dataset lies.
         split: which part of it.
         download: let torchvision fetch it.
-        unlabelled: ignore class folders and labels.
+        reading: labels, and of a folder also groups, clips and tiles.
         encoding: limit the shorter side, store in another format.
         per_shard: samples in a shard.
 
@@ -92,18 +75,18 @@ def build(
         raise StorageError(f"{target.parent}: cannot be written ({error.strerror})") from None
     try:
         draft.chmod(0o755)
-        classes = _fill(source, draft, root, split, download, unlabelled, encoding, per_shard)
-        if classes:
-            (draft / "classes.json").write_text(json.dumps(classes, indent=1))
+        names = _fill(source, draft, root, split, download, reading, encoding, per_shard)
+        for kind in (kind for kind in names if names[kind]):
+            (draft / f"{kind}.json").write_text(json.dumps(names[kind], indent=1))
         draft.replace(target)
     except OSError as error:
         raise StorageError(f"{target}: could not be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     shards = Shards(str(target))
-    labels = shards.labels
+    classes, groups = (len(set(numbers.tolist()) - {NONE}) for numbers in (shards.labels, shards.groups))
     size = sum(path.stat().st_size for path in target.glob("*.tar"))
-    return Built(target, len(shards.paths), len(shards), len(set(labels[labels >= 0].tolist())), size)
+    return Built(target, len(shards.paths), len(shards), classes, groups, size)
 
 
 def _fill(
@@ -112,91 +95,29 @@ def _fill(
     root: Path | None,
     split: str,
     download: bool,
-    unlabelled: bool,
+    reading: Reading,
     encoding: Encoding,
     per_shard: int,
-) -> list[str]:
-    """Write the shards; the answer is the names of the classes, if they have names."""
+) -> dict[str, list[str]]:
+    """Write the shards; the answer is the names of the classes and of the groups, if they have names."""
     prefix = draft.name.strip(".").rpartition("-")[0]
-    if Path(source).is_dir() and not list(Path(source).glob("*.tar*")):
-        classes, samples = _folder(Path(source), unlabelled)
-    elif source.startswith("digits:"):
-        classes, samples = [], digits.images(source.removeprefix("digits:"))
-    elif ".tar" in source or Path(source).is_dir():
-        return _tars(source, draft, unlabelled, encoding, per_shard, prefix)
+    packed = Path(source).is_dir() and bool(list(Path(source).glob("*.tar*")))
+    if Path(source).is_dir() and not packed:
+        classes, groups, samples = read_folder(Path(source), reading)
+        write_shards(samples, draft, prefix, encoding, per_shard)
+        return {"classes": classes, "groups": groups}
+    if reading.clips or reading.cut or reading.group_by:
+        raise UsageError(f"{source}: --clips, --tile and --group-by are for a folder of images")
+    if packed or (".tar" in source and not source.startswith("digits:")):
+        return {"classes": _tars(source, draft, reading.unlabelled, encoding, per_shard, prefix)}
+    if source.startswith("digits:"):
+        classes, pairs = [], digits.images(source.removeprefix("digits:"))
     else:
-        classes, samples = _torchvision(source, root, split, download)
-    if unlabelled:
-        classes, samples = [], ((image, None) for image, _ in samples)
-    write_shards(samples, draft, prefix, encoding, per_shard)
-    return classes
-
-
-def write_shards(
-    samples: Samples,
-    folder: Path,
-    prefix: str,
-    encoding: Encoding = UNCHANGED,
-    per_shard: int = 10_000,
-) -> None:
-    """Write images (encoded, or to be stored as PNG) and labels with webdataset's writer, and index them."""
-    count = 0
-    pattern = f"{folder}/{prefix}".replace("%", "%%") + "-%06d.tar"
-    with wds.ShardWriter(pattern, maxcount=per_shard, maxsize=2**40, verbose=0, mtime=0) as writer:
-        for image, label in samples:
-            try:
-                suffix, body = _encode(image, encoding)
-            except DataError as error:
-                raise DataError(f"image {count + 1} of the source: {error}") from None
-            sample: dict[str, Any] = {"__key__": f"{count:09d}", suffix: body}
-            if label is not None:
-                sample["cls"] = str(label).encode()
-            writer.write(sample)
-            count += 1
-    if not count:
-        raise DataError("the source holds no image")
-    for shard in sorted(folder.glob("*.tar")):
-        build_index(shard)
-
-
-def _encode(image: Image.Image | bytes, encoding: Encoding) -> tuple[str, bytes]:
-    """Suffix and bytes. Bytes that came encoded stay as they are unless a change is asked for; what is encoded anew has
-    8 bits, grey or RGB, by the conversion that training uses (`pillow_image`)."""
-    stored = "PNG"
-    if isinstance(image, bytes):
-        opened = open_image(image)
-        stored = FORM_OF.get(opened.format or "", opened.format or "PNG")
-        if not encoding.changes:
-            return SUFFIX_OF[stored], image
-        image = pillow_image(image, "L" if opened.mode in {"1", "L"} or opened.mode.startswith("I;16") else "RGB")
-    if encoding.short_side and min(image.size) > encoding.short_side:
-        scale = encoding.short_side / min(image.size)
-        width, height = (max(encoding.short_side, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    form, out = (encoding.format or stored).upper(), BytesIO()
-    image.save(out, form, **({} if form == "PNG" else {"quality": encoding.quality}))
-    return SUFFIX_OF[form], out.getvalue()
-
-
-def _folder(source: Path, unlabelled: bool) -> tuple[list[str], Samples]:
-    """Images below a folder; its subfolders are classes unless images lie beside them."""
-    files = sorted(path for path in source.rglob("*") if is_image(path.name) and path.is_file())
-    if not files:
-        raise DataError(f"{source}: no images below this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    tops = [path.relative_to(source).parts[0] for path in files]
-    flat = unlabelled or any(path.parent == source for path in files)
-    classes = [] if flat else sorted(set(tops))
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, ((_checked(path), number.get(top)) for path, top in zip(files, tops, strict=True))
-
-
-def _checked(path: Path) -> bytes:
-    try:
-        body = path.read_bytes()
-        open_image(body)
-    except (DataError, OSError) as error:
-        raise DataError(f"{path}: {error}; remove or repair it") from None
-    return body
+        classes, pairs = _torchvision(source, root, split, download)
+    if reading.unlabelled:
+        classes, pairs = [], ((image, None) for image, _ in pairs)
+    write_shards(pairs, draft, prefix, encoding, per_shard)
+    return {"classes": classes}
 
 
 def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_shard: int, prefix: str) -> list[str]:
@@ -215,9 +136,7 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
             raise DataError(f"{path}: cannot be unpacked ({error})") from None
         build_index(plain)
     if encoding.changes or unlabelled:
-        shards = Shards(str(raw))
-        labels = [None if unlabelled or label == UNLABELLED else int(label) for label in shards.labels]
-        write_shards(((shards.read(i), labels[i]) for i in range(len(shards))), draft, prefix, encoding, per_shard)
+        write_shards(_again(Shards(str(raw)), unlabelled), draft, prefix, encoding, per_shard)
     else:
         for path in raw.iterdir():
             path.replace(draft / path.name)
@@ -234,6 +153,14 @@ def _on_disk(source: str) -> list[Path]:
     return paths
 
 
+def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
+    """The samples of shards, to be written in another form."""
+    for i, (label, group, frames) in enumerate(zip(shards.labels, shards.groups, shards.frames, strict=True)):
+        images: list[Image.Image | bytes] = [*shards.images(i, shards.read(i))]
+        image = images if frames else images[0]
+        yield Sample(image, None if unlabelled or label == NONE else int(label), None if group == NONE else int(group))
+
+
 def _class_names(path: Path) -> list[str]:
     try:
         return [str(name) for name in json.loads(path.read_text())]
@@ -241,7 +168,7 @@ def _class_names(path: Path) -> list[str]:
         raise DataError(f"{path}: is no list of names; remove or repair it") from None
 
 
-def _torchvision(name: str, root: Path | None, split: str, download: bool) -> tuple[list[str], Samples]:
+def _torchvision(name: str, root: Path | None, split: str, download: bool) -> tuple[list[str], Pairs]:
     """A dataset of torchvision.datasets by its class name, whichever way it spells its splits."""
     import torchvision.datasets as known
 
@@ -262,7 +189,7 @@ def _torchvision(name: str, root: Path | None, split: str, download: bool) -> tu
     return list(map(str, getattr(dataset, "classes", None) or [])), _items(name, dataset)
 
 
-def _items(name: str, dataset: Any) -> Samples:
+def _items(name: str, dataset: Any) -> Pairs:
     for i in range(len(dataset)):
         image, label = dataset[i]
         if not isinstance(image, Image.Image) or not isinstance(label, int):

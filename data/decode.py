@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from selfsight.data.jpeg import Needs, decode_jpeg
 from selfsight.errors import DataError, UsageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
@@ -80,8 +81,11 @@ def open_image(body: bytes) -> Image.Image:
     return image
 
 
-def decode(body: bytes, form: Form) -> Pixels:
+def decode(body: bytes, form: Form, needs: Needs | None = None) -> Pixels:
     """The upright image in `body`, of the form's depth: (C, H, W), or (C, D, H, W) where the file has planes.
+
+    Args:
+        needs: which rows will be looked at, if not all; what the others hold is then not defined.
 
     Raises:
         BadSample: bytes that are not one whole image of a kind in the table above, or of other channels.
@@ -89,13 +93,15 @@ def decode(body: bytes, form: Form) -> Pixels:
     """
     from selfsight.data.formats import fit, read_array
 
-    own = read_array(body, volumes=form.frames > 1)
-    if own is not None:
-        return fit(own, form)
-    if form.channels not in MODES:
-        raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels}")
-    pixels = np.asarray(pillow_image(body, MODES[form.channels]))
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    pixels = decode_jpeg(body, form.channels, MAX_PIXELS, needs)
+    if pixels is None:
+        own = read_array(body, volumes=form.frames > 1)
+        if own is not None:
+            return fit(own, form)
+        if form.channels not in MODES:
+            raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels}")
+        pixels = np.asarray(pillow_image(body, MODES[form.channels]))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if form.depth == 8:
         return pixels
     return pixels.astype(DTYPES[form.depth]) * DTYPES[form.depth](257 if form.depth == 16 else 1)

@@ -83,6 +83,16 @@ def _reader(body: bytes) -> tuple[str, Reader | None]:
     return "", None
 
 
+def suffix_of(body: bytes) -> str | None:
+    """The suffix by which shards hold a scientific file; None where Pillow knows it."""
+    kind, _ = _reader(body)
+    if kind == "NIfTI":
+        from selfsight.data.medical import is_nifti
+
+        return ("nii.gz" if body[:2] == b"\x1f\x8b" else "nii") if is_nifti(body) else None
+    return {"TIFF": "tif", ".npy": "npy", "DICOM": "dcm"}.get(kind)
+
+
 def _checked(array: Array) -> Array:
     """One plane without its axis, floats of 32 bits, all of them finite."""
     if array.ndim == 4 and array.shape[1] == 1:

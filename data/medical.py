@@ -1,6 +1,7 @@
 """DICOM and NIfTI as arrays."""
 
 import gzip
+import zlib
 from io import BytesIO
 from typing import Any
 
@@ -13,6 +14,7 @@ DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax whose headers, too, 
 PLAIN = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.5"}  # the last: RLE
 JPEG, JPEG_2000 = "1.2.840.10008.1.2.4.50", {"1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"}
 COLOURS = {"MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"}
+GZIP = b"\x1f\x8b"
 HEADER = 540  # bytes of a NIfTI-2 header; NIfTI-1's has 348
 
 
@@ -85,12 +87,20 @@ def _line(part: Any) -> tuple[float, float] | None:
     return float(part.get("RescaleSlope")), float(part.get("RescaleIntercept") or 0)
 
 
+def is_nifti(body: bytes) -> bool:
+    """Whether the bytes, or what is in their gzip, are a NIfTI of one file."""
+    try:
+        head = _head(body)
+    except (OSError, EOFError, zlib.error):
+        return False
+    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0"
+
+
 def read_nifti(body: bytes, volumes: bool) -> Array | None:
     """See `selfsight.data.formats`; None for gzip of something else."""
-    packed = body[:2] == b"\x1f\x8b"
-    head = _unpacked(body, HEADER) if packed else body[:HEADER]
-    if head[344:348] != b"n+1\0" and head[4:8] != b"n+2\0":
+    if not is_nifti(body):
         return None
+    packed, head = body[:2] == GZIP, _head(body)
     nibabel = extra("nibabel", "NIfTI")
     kind = nibabel.Nifti1Image if head[344:348] == b"n+1\0" else nibabel.Nifti2Image
     header = kind.header_class.from_fileobj(BytesIO(head))
@@ -111,6 +121,10 @@ def read_nifti(body: bytes, volumes: bool) -> Array | None:
         values = values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     values = values.reshape(values.shape + (1,) * (4 - values.ndim))
     return nibabel.apply_orientation(values, nibabel.io_orientation(image.affine)).transpose(3, 2, 1, 0)
+
+
+def _head(body: bytes) -> bytes:
+    return _unpacked(body, HEADER) if body[:2] == GZIP else body[:HEADER]
 
 
 def _unpacked(body: bytes, most: int) -> bytes:

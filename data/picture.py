@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from selfsight.data.decode import BadSample, Form, Pixels, decode
+from selfsight.data.jpeg import Needs
 
 
 class Picture:
@@ -15,16 +16,24 @@ class Picture:
         bodies: one encoded image, which may have planes itself, or the encoded frames of a clip in order.
         form: what is to come out.
         step: planes from one plane of a window to the next; less where there are not as many.
+        needs: which rows views will look at, if not all.
     """
 
-    def __init__(self, bodies: Sequence[bytes], form: Form, step: int = 1) -> None:
-        self.bodies, self.form, self.step = bodies, form, step
+    def __init__(self, bodies: Sequence[bytes], form: Form, step: int = 1, needs: Needs | None = None) -> None:
+        self.bodies, self.form, self.step, self.needs = bodies, form, step, needs
         self._frames: dict[int, Pixels] = {}
+
+    @classmethod
+    def of(cls, pixels: Pixels, form: Form) -> "Picture":
+        """An image that is decoded already."""
+        picture = cls([b""], form)
+        picture.whole = pixels
+        return picture
 
     @cached_property
     def whole(self) -> Pixels:
         """The one stored image: (C, H, W), or (C, D, H, W)."""
-        return decode(self.bodies[0], self.form)
+        return decode(self.bodies[0], self.form, self.needs)
 
     @property
     def planes(self) -> int:
@@ -68,7 +77,7 @@ class Picture:
 
     def _frame(self, plane: int) -> Pixels:
         if plane not in self._frames:
-            frame = decode(self.bodies[plane], self.form)
+            frame = decode(self.bodies[plane], self.form, self.needs)
             if frame.ndim != 3:
                 raise BadSample(f"frame {plane} of the clip is itself a stack of {frame.shape[1]} planes")
             self._frames[plane] = frame

@@ -48,6 +48,11 @@ class View(Section):
     solarize: float = Field(0.0, ge=0, le=1)
     """Probability of inverting the brighter half of the range."""
 
+    @property
+    def coloured(self) -> bool:
+        """Whether anything of the colour is ever changed."""
+        return bool(self.jitter or self.grayscale or self.blur or self.solarize)
+
     @model_validator(mode="after")
     def _ordered(self) -> "View":
         if self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

@@ -19,6 +19,7 @@ from selfsight import cli
 from selfsight.data.build import Encoding, build
 from selfsight.data.check import check
 from selfsight.data.decode import open_image
+from selfsight.data.folders import Reading
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError, UsageError
 
@@ -50,7 +51,7 @@ def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
     assert build(str(tmp_path / "src"), tmp_path / "out").classes == 0
     assert Shards(str(tmp_path / "out")).labels.tolist() == [-1] * 6
     fill(tmp_path / "src2")
-    assert build(str(tmp_path / "src2"), tmp_path / "out2", unlabelled=True).classes == 0
+    assert build(str(tmp_path / "src2"), tmp_path / "out2", reading=Reading(unlabelled=True)).classes == 0
 
 
 def test_short_side_and_format(tmp_path: Path) -> None:

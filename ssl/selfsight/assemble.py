@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsight import __version__, checkpoint
+from selfsight.data import jpeg
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import BadSample
 from selfsight.data.loader import Batches, Placer
 from selfsight.data.mixture import Mixture, Samples
 from selfsight.data.picture import Picture
+from selfsight.data.pixel_cache import find_cache
 from selfsight.data.shards import Shards
+from selfsight.data.stats import fill_in
 from selfsight.encoder import Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
@@ -74,7 +77,10 @@ class Parts:
         )
         train = recipe.train
         split = train.batch_size, rank, world, train.accumulate
-        return Batches(self.shards, makers, recipe.seed, made.form, *split, self.objective.augmentations, made.step)
+        data, fixed = recipe.data, self.objective.augmentations
+        cache = find_cache(self.shards, made.form) if data.cache == "auto" else None
+        more = made.step, data.repeat, data.fast_decode, cache
+        return Batches(self.shards, makers, recipe.seed, made.form, *split, fixed, *more)
 
     def placer(self, device: torch.device) -> Placer:
         """What makes a batch for the objective, on the device."""
@@ -95,7 +101,7 @@ class Parts:
         if tree["train"]["deterministic"]:  # sums of other parts are rounded in another way
             train["deterministic"] = tree["train"]["deterministic"]
         data = tree["data"] | {"train": self.shards.id}
-        del data["bad_share"]
+        del data["bad_share"], data["cache"]
         data["mix"] = [{key: value for key, value in part.items() if key != "train"} for part in data["mix"]]
         parts = {key: tree[key] for key in ("encoder", "objective", "optim")}
         given = {"given to the objective": self.objective.outside} if self.objective.outside else {}
@@ -199,11 +205,15 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         UsageError, DataError: whatever in the recipe cannot be built, before the first step.
     """
     shards = open_samples(recipe.data)
+    sets = shards.sets if isinstance(shards, Mixture) else [shards]
+    recipe = recipe.model_copy(update={"data": fill_in(recipe.data, recipe.encoder.channels, sets)})
     batch = recipe.train.batch_size
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")
     if recipe.eval.train:  # what cannot be scored is better known before the training than after it
         scorable_sets(recipe.eval.train, recipe.eval.test or recipe.eval.train, recipe.eval.k)
+    if recipe.data.fast_decode and not jpeg.library():
+        raise UsageError("data.fast_decode: needs simplejpeg: pip install 'selfsight[fast]'")
     steps = recipe.train.steps or ceil((recipe.train.epochs or 0) * len(shards) / batch)
     encoder = build_encoder(recipe.encoder, preprocessing_of(recipe.data, recipe.encoder), recipe.seed)
     notes = []

@@ -181,6 +181,21 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--format", choices=["jpeg", "png", "webp"], help="store all images so (default: as they are)")
     one.add_argument("--quality", type=_count, default=92, help="of JPEG and WebP, 1-100 (default: 92)")
     one.add_argument(
+        "--group-by",
+        metavar="RULE",
+        help="number the patient, slide or scene that images are parts of: folder, stem, or a regular expression on the path",
+    )
+    one.add_argument("--clips", action="store_true", help="the images of each folder are the frames of one clip")
+    one.add_argument("--tile", type=_count, metavar="PIXELS", help="cut large images into tiles of this size")
+    one.add_argument("--stride", type=_count, metavar="PIXELS", help="from a tile to the next (default: its size)")
+    one.add_argument(
+        "--background",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="leave out tiles with more near-white or empty pixels (default: 0.9; 1: none)",
+    )
+    one.add_argument(
         "--per-shard", type=_count, default=10_000, metavar="SAMPLES", help="samples in a shard (default: 10000)"
     )
     one = _command(actions, "index", _index, "index existing WebDataset tars, without rewriting them")
@@ -191,6 +206,20 @@ def build_parser() -> argparse.ArgumentParser:
     one = _command(actions, "check", _check, "read, verify and decode every sample again")
     one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
     one.add_argument("--json", action="store_true", help="print one object")
+    one.add_argument(
+        "--stats", action="store_true", help="write mean, std and percentiles of every channel beside the index"
+    )
+    one.add_argument("--stats-samples", type=_count, metavar="N", help="of N samples, evenly spaced (default: of all)")
+    one.add_argument(
+        "--volumes",
+        action="store_true",
+        help="an axis that a file does not name is planes, as a run with frames has it",
+    )
+    one = _command(
+        actions, "cache", _cache, "store the pixels of small images of one size, so that none is decoded again"
+    )
+    one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
+    one.add_argument("--channels", type=_count, default=3, help="as encoder.channels of the recipe (default: 3)")
 
     one = _command(commands, "recipes", _recipes, "list the packaged recipes, or print the JSON schema for editors")
     one.add_argument("--schema", action="store_true", help="print the JSON schema")
@@ -323,21 +352,29 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from selfsight.data.build import Encoding, build
+    from selfsight.data.build import build
+    from selfsight.data.folders import Reading
+    from selfsight.data.packing import Encoding
+    from selfsight.data.tiles import Cut
 
+    cut = Cut(options.tile, options.stride, options.background) if options.tile else None
+    if options.stride and not cut:
+        raise UsageError("--stride: is the distance of tiles; add --tile")
     built = build(
         options.source,
         options.target,
         root=options.root,
         split=options.split,
         download=options.download,
-        unlabelled=options.unlabelled,
+        reading=Reading(options.unlabelled, options.group_by, options.clips, cut),
         encoding=Encoding(options.short_side, options.format, options.quality),
         per_shard=options.per_shard,
     )
     classes = f"{built.classes} classes" if built.classes else "no labels"
+    groups = f", {built.groups:,} groups" if built.groups else ""
     print(
-        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}, {built.bytes / 2**20:,.1f} MiB"
+        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}{groups}, "
+        f"{built.bytes / 2**20:,.1f} MiB"
     )
     return 0
 
@@ -358,17 +395,32 @@ def _index(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from selfsight.console import progress
-    from selfsight.data.check import check, check_table
+    from selfsight.data.check import Measure, check, check_table
     from selfsight.data.shards import Shards
 
     shards = Shards(options.spec)
+    wanted = options.stats or options.stats_samples is not None
     with progress("checking", len(shards)) as bar:
-        found = check(shards, bar)
+        found = check(shards, bar, Measure(options.stats_samples, options.volumes) if wanted else None)
     if options.json:
         print(json.dumps(found, indent=1))
     else:
         check_table(found)
     return DataError.exit_code if found["bad"] else 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from selfsight.console import progress
+    from selfsight.data.decode import Form
+    from selfsight.data.pixel_cache import build_cache
+    from selfsight.data.shards import Shards
+
+    shards = Shards(options.spec)
+    with progress("decoding", len(shards)) as bar:
+        made = build_cache(shards, Form(options.channels), bar)
+    bad = f", {len(made.bad):,} of them bad" if made.bad else ""
+    print(f"{made.path}: {len(made):,} samples of {made.shape}{bad}, {made.path.stat().st_size / 2**20:,.1f} MiB")
+    return 0
 
 
 def _recipes(options: argparse.Namespace) -> int:

@@ -58,6 +58,14 @@ class DataConfig(Section):
     """Stored values that become 0 and 1 before mean and std, such as -1000, 2000 of a CT; null: all of the depth (32 needs one)."""
     frame_step: int = Field(1, ge=1, le=1024)
     """Of clips and volumes, planes from one plane of the input to the next."""
+    repeat: int = Field(1, ge=1, le=64)
+    """Views of a sample that stand side by side in a batch, each with its own crop, from one decoding (Hoffer et al. 2020). An epoch
+    still has as many images as the set has samples, so that each sample comes every `repeat` epochs."""
+    cache: Literal["auto", "off"] = "auto"
+    """Use the pixels that `selfsight shards cache` has stored of small images, if it has; the images are the same."""
+    fast_decode: bool = False
+    """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where every crop stays as large as its view: faster for large photographs, slightly
+    other pixels (extra: pip install 'selfsight[fast]')."""
     bad_share: float = Field(0.001, ge=0, le=1)
     """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
 

@@ -1,0 +1,126 @@
+"""A folder of images as samples: classes from its folders, groups from names, frames as clips, large images as tiles."""
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from selfsight.data.decode import open_image
+from selfsight.data.formats import suffix_of
+from selfsight.data.packing import Sample
+from selfsight.data.samples import IMAGE_SUFFIXES, is_image
+from selfsight.data.tiles import Cut, cut_tiles
+from selfsight.errors import DataError, UsageError
+
+
+class Reading(NamedTuple):
+    """How a folder becomes samples."""
+
+    unlabelled: bool = False
+    """Ignore class folders."""
+    group_by: str | None = None
+    """What names the whole that an image is a part of: "folder" (in which it lies), "stem" (its name to the first dot), or a
+    regular expression, of which the first group counts."""
+    clips: bool = False
+    """The images of each folder are the frames of one clip, by their names in order."""
+    cut: Cut | None = None
+    """Tiles to cut images into; without `group_by` the tiles of an image are a group."""
+
+
+class Folder(NamedTuple):
+    """What a folder holds."""
+
+    classes: list[str]
+    groups: list[str]
+    samples: Iterator[Sample]
+
+
+def read_folder(source: Path, how: Reading) -> Folder:
+    """The images below a folder; its subfolders are classes unless images (or clips) lie beside them.
+
+    Raises:
+        UsageError: an expression that is none, or clips to be cut into tiles.
+        DataError: no image, or a name that tells no group.
+    """
+    if how.clips and how.cut:
+        raise UsageError("--clips and --tile: a clip is not cut into tiles")
+    files = [path for path in source.rglob("*") if is_image(path.name) and path.is_file()]
+    files.sort(key=_by_number if how.clips else None)
+    if not files:
+        raise DataError(f"{source}: no images below this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    wholes = (
+        [list(frames) for _, frames in groupby(files, lambda path: path.parent)]
+        if how.clips
+        else [[path] for path in files]
+    )
+    classes, labels = ([], [None] * len(wholes)) if how.unlabelled else _classes(source, wholes, how.clips)
+    by = how.group_by or ("image" if how.cut else None)
+    groups, numbers = _groups(source, wholes, by) if by else ([], [None] * len(wholes))
+    return Folder(classes, groups, _samples(source, wholes, labels, numbers, how))
+
+
+def _by_number(path: Path) -> tuple[Path, list[tuple[int, str]]]:
+    """Folder by folder; in it frame 10 after frame 9, however they are padded."""
+    words = re.findall(r"\d+|\D+", path.name)
+    return path.parent, [(int(word), "") if word.isdecimal() else (-1, word) for word in words]
+
+
+def _classes(source: Path, wholes: list[list[Path]], clips: bool) -> tuple[list[str], list[int | None]]:
+    """Names of the classes, and the number of each whole's; none where any lies in `source` itself."""
+    places = [(frames[0].parent if clips else frames[0]).relative_to(source).parts for frames in wholes]
+    if min(map(len, places)) < 2:
+        return [], [None] * len(wholes)
+    names = sorted({parts[0] for parts in places})
+    return names, [names.index(parts[0]) for parts in places]
+
+
+def _groups(source: Path, wholes: list[list[Path]], by: str) -> tuple[list[str], list[int | None]]:
+    """Names of the groups, and the number of each whole's."""
+    own = [_group(frames[0].relative_to(source), by) for frames in wholes]
+    names = sorted(set(own))
+    number = {name: i for i, name in enumerate(names)}
+    return names, [number[name] for name in own]
+
+
+def _group(path: Path, by: str) -> str:
+    if by == "image":
+        return str(path)
+    if by == "folder":
+        return str(path.parent)
+    if by == "stem":
+        return path.name.partition(".")[0]
+    try:
+        found = re.search(by, str(path))
+    except re.error as error:
+        raise UsageError(
+            f"--group-by: {by!r} is neither folder, nor stem, nor a regular expression ({error})"
+        ) from None
+    if not found:
+        raise DataError(f"{path}: --group-by {by!r} does not match its name; every image needs a group")
+    return found[1] or "" if found.re.groups else found[0]
+
+
+def _samples(
+    source: Path, wholes: list[list[Path]], labels: list[int | None], groups: list[int | None], how: Reading
+) -> Iterator[Sample]:
+    for frames, label, group in zip(wholes, labels, groups, strict=True):
+        if how.clips:
+            yield Sample([_checked(path) for path in frames], label, group)
+        elif how.cut:
+            name = str(frames[0].relative_to(source))
+            for tile in cut_tiles(frames[0], how.cut):
+                yield Sample(tile.image, label, group, {"source": name, "left": tile.left, "top": tile.top})
+        else:
+            yield Sample(_checked(frames[0]), label, group)
+
+
+def _checked(path: Path) -> bytes:
+    """The bytes of a file of a known kind."""
+    try:
+        body = path.read_bytes()
+        if not suffix_of(body):
+            open_image(body)
+    except (DataError, OSError) as error:
+        raise DataError(f"{path}: {error}; remove or repair it") from None
+    return body

@@ -1,0 +1,123 @@
+"""Samples into shards: encoded or left as they are, written with webdataset's writer, indexed."""
+
+import json
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import webdataset as wds
+from PIL import Image
+
+from selfsight.data.decode import open_image, pillow_image
+from selfsight.data.formats import suffix_of
+from selfsight.data.index import build_index
+from selfsight.data.tiff import is_plain
+from selfsight.errors import DataError, UsageError
+
+FORM_OF = {"MPO": "JPEG"}  # a JPEG with further pictures behind it, as many cameras write
+SUFFIX_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm", "TIFF": "tif", "GIF": "gif"}
+
+
+class Encoding(NamedTuple):
+    """How images are stored: unchanged unless one of these is set."""
+
+    short_side: int | None = None  # pixels; larger images are reduced so that their shorter side has these
+    format: str | None = None  # "jpeg", "png" or "webp"
+    quality: int = 92  # of JPEG and WebP, 1-100
+
+    @property
+    def changes(self) -> bool:
+        return self.short_side is not None or self.format is not None
+
+
+UNCHANGED = Encoding()
+Picture = Image.Image | bytes  # to be stored as PNG; or encoded
+
+
+class Sample(NamedTuple):
+    """What becomes one sample of a shard."""
+
+    image: Picture | list[Picture]
+    """An image, or the frames of a clip in order."""
+    label: int | None = None
+    group: int | None = None
+    """Number of the whole that it is a part of."""
+    about: dict[str, Any] | None = None
+    """Stored beside it as JSON."""
+
+
+def write_shards(
+    samples: Iterable[Sample | tuple[Picture, int | None]],
+    folder: Path,
+    prefix: str,
+    encoding: Encoding = UNCHANGED,
+    per_shard: int = 10_000,
+) -> None:
+    """Write samples, or pairs of image and label, and index them.
+
+    Raises:
+        DataError: no image at all, or one that cannot be read.
+        UsageError: an encoding that a scientific file does not have.
+    """
+    count = 0
+    pattern = f"{folder}/{prefix}".replace("%", "%%") + "-%06d.tar"
+    with wds.ShardWriter(pattern, maxcount=per_shard, maxsize=2**40, verbose=0, mtime=0) as writer:
+        for sample in samples:
+            try:
+                members = _members(Sample(*sample), encoding)
+            except DataError as error:
+                raise DataError(f"image {count + 1} of the source: {error}") from None
+            writer.write({"__key__": f"{count:09d}", **members})
+            count += 1
+    if not count:
+        raise DataError("the source holds no image")
+    for shard in sorted(folder.glob("*.tar")):
+        build_index(shard)
+
+
+def _members(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
+    """The members of one sample by their fields."""
+    if isinstance(sample.image, list):
+        frames = [_encode(frame, encoding) for frame in sample.image]
+        members = {f"{number:03d}.{suffix}": body for number, (suffix, body) in enumerate(frames)}
+    else:
+        members = dict([_encode(sample.image, encoding)])
+    if sample.label is not None:
+        members["cls"] = str(sample.label).encode()
+    if sample.group is not None:
+        members["group"] = str(sample.group).encode()
+    if sample.about is not None:
+        members["json"] = json.dumps(sample.about).encode()
+    return members
+
+
+def _encode(image: Picture, encoding: Encoding) -> tuple[str, bytes]:
+    """Suffix and bytes. Bytes that came encoded stay as they are unless a change is asked for; what is encoded anew has
+    8 bits, grey or RGB, by the conversion that training uses (`pillow_image`)."""
+    stored = "PNG"
+    if isinstance(image, bytes):
+        suffix = suffix_of(image)
+        if suffix and encoding.changes and not (suffix == "tif" and is_plain(image, volumes=False)):
+            raise UsageError(
+                f"--short-side and --format: for 8-bit images that Pillow reads; the source holds a .{suffix} with more "
+                "depth, bands or planes, which is stored unchanged"
+            )
+        opened = None if suffix else open_image(image)
+        if not encoding.changes:
+            return suffix or SUFFIX_OF[_form(opened)], image
+        opened = opened or open_image(image)
+        stored = _form(opened)
+        image = pillow_image(image, "L" if opened.mode in {"1", "L"} or opened.mode.startswith("I;16") else "RGB")
+    if encoding.short_side and min(image.size) > encoding.short_side:
+        scale = encoding.short_side / min(image.size)
+        width, height = (max(encoding.short_side, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    form, out = (encoding.format or stored).upper(), BytesIO()
+    image.save(out, form, **({} if form == "PNG" else {"quality": encoding.quality}))
+    return SUFFIX_OF[form], out.getvalue()
+
+
+def _form(image: Image.Image | None) -> str:
+    form = (image.format if image else None) or "PNG"
+    return FORM_OF.get(form, form)

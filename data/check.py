@@ -3,49 +3,66 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from selfsight.console import say, table
-from selfsight.data.decode import Form, decode, open_image
+from selfsight.data.decode import open_image, pillow_image
+from selfsight.data.formats import Array, read_array, shape_text, suffix_of
 from selfsight.data.index import label_histogram, read_index, scan
+from selfsight.data.samples import NONE
 from selfsight.data.shards import Shards
+from selfsight.data.stats import HIGH, LOW, Statistics, write_stats
 from selfsight.errors import DataError
 
 
-def check(shards: Shards, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+class Measure(NamedTuple):
+    """What statistics are made of."""
+
+    samples: int | None = None
+    """So many of them, evenly spaced; None: all."""
+    volumes: bool = False
+    """An axis that a file does not name is planes, not channels."""
+
+
+def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: Measure | None = None) -> dict[str, Any]:
     """Read, verify and decode every sample; `advance` is called after each.
 
+    Args:
+        measure: also make the statistics of every channel, and write them beside the index of each shard.
+
     Returns:
-        counts, bytes, label histogram, image formats, modes, sizes, groups of identical images, and every bad sample.
+        counts, bytes, label histogram, formats, dtypes and channels, sizes, groups of identical images, every bad sample,
+        and the statistics.
     """
     kinds: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
     bad: list[dict[str, str]] = []
     same: defaultdict[bytes, list[int]] = defaultdict(list)
-    volume = 0
-    for i in range(len(shards)):
-        try:
-            body = shards.read(i)
-            image = open_image(body)
-            decode(body, Form(3))
-            kinds[f"{image.format} {image.mode}"] += 1
-            sizes.append(image.size)
-            same[sha256(body).digest()].append(i)
-            volume += len(body)
-        except DataError as error:
-            bad.append({"sample": shards.describe(i), "reason": str(error)})
-        advance()
-    for path in shards.paths:  # the samples above are the index's; is it still this tar's?
-        try:
-            if not np.array_equal(scan(path, missing="exclude"), read_index(path)):
-                bad.append(
-                    {"sample": path.name, "reason": f"the index is another tar's; selfsight shards index {path}"}
-                )
-        except DataError as error:
-            bad.append({"sample": path.name, "reason": str(error)})
-    labels = shards.labels
+    volume, first, total = 0, 0, Statistics()
+    measured = _chosen(len(shards), measure)
+    for shard, size in enumerate(shards.sizes):
+        found = Statistics(of=size)
+        for i in range(first, first + size):
+            try:
+                body = shards.read(i)
+                images = [own_pixels(image, bool(measure and measure.volumes)) for image in shards.images(i, body)]
+                kinds[images[0][0] + (f", clips of {len(images)}" if len(images) > 1 else "")] += 1
+                sizes.append((images[0][1].shape[-1], images[0][1].shape[-2]))
+                same[sha256(body).digest()].append(i)
+                volume += len(body)
+                if i in measured:
+                    found.add_sample([pixels for _, pixels in images])
+            except DataError as error:
+                bad.append({"sample": shards.describe(i), "reason": str(error)})
+            advance()
+        if measure:
+            write_stats(shards, shard, found)
+            total.add(found)
+        first += size
+    bad += _stale(shards)
+    labels, groups = shards.labels, shards.groups
     clones = [ids for ids in same.values() if len(ids) > 1]
     sides = np.array(sizes or [(0, 0)]).min(1)
     return {
@@ -55,13 +72,61 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None) -> dict[st
         "image_bytes": volume,
         "unlabelled": int((labels < 0).sum()),
         "labels": label_histogram(labels),
+        "groups": len(set(groups.tolist()) - {NONE}),
+        "ungrouped": int((groups == NONE).sum()),
         "kinds": dict(kinds.most_common()),
         "short_side": {"least": int(sides.min()), "median": float(np.median(sides)), "most": int(sides.max())},
         "sizes": {f"{w}x{h}": n for (w, h), n in Counter(sizes).most_common(5)},
         "duplicates": sum(len(ids) - 1 for ids in clones),
         "duplicate_groups": [[shards.describe(i) for i in ids] for ids in clones[:20]],
         "bad": bad,
-    }
+    } | ({"stats": _told(total)} if measure else {})
+
+
+def own_pixels(body: bytes, volumes: bool = False) -> tuple[str, Array]:
+    """What a stored image is, in words, and its pixels in its own dtype; of what Pillow reads, 8 bits, grey or RGB.
+
+    Raises:
+        BadSample: as `decode`.
+    """
+    pixels = read_array(body, volumes)
+    if pixels is not None:
+        return f"{suffix_of(body) or 'png'} {shape_text(pixels)}", pixels
+    image = open_image(body)
+    pixels = np.asarray(pillow_image(body, "L" if image.mode in {"1", "L"} else "RGB"))
+    return f"{image.format} {image.mode}", pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+
+
+def _chosen(samples: int, measure: Measure | None) -> range | set[int]:
+    """The samples that are measured."""
+    if not measure or measure.samples is None or measure.samples >= samples:
+        return range(samples if measure else 0)
+    return set(np.linspace(0, samples - 1, measure.samples).astype(int).tolist())
+
+
+def _stale(shards: Shards) -> list[dict[str, str]]:
+    """Shards whose index, by which samples are read, is not what the tar holds now."""
+    bad = []
+    for path in shards.paths:
+        try:
+            if np.array_equal(scan(path, missing="exclude"), read_index(path)):
+                continue
+            reason = f"the index is another tar's; selfsight shards index {path}"
+        except DataError as error:
+            reason = str(error)
+        bad.append({"sample": path.name, "reason": reason})
+    return bad
+
+
+def _told(found: Statistics) -> dict[str, Any]:
+    """Statistics for people and scripts, without the histograms."""
+    kinds = []
+    for kind, moments in found.kinds.items():
+        numbers = {"mean": moments.mean, "std": moments.std, "least": moments.least, "most": moments.most}
+        numbers |= {f"p{percent}": moments.percentile(percent) for percent in (LOW, HIGH)}
+        told = {name: values.tolist() for name, values in numbers.items()}
+        kinds.append({**kind._asdict(), "samples": moments.samples, "pixels": moments.pixels, **told})
+    return {"samples": found.samples, "planes": dict(found.planes), "mixed": found.mixed, "kinds": kinds}
 
 
 def check_table(found: dict[str, Any]) -> None:
@@ -78,6 +143,7 @@ def check_table(found: dict[str, Any]) -> None:
         ["data id", found["id"]],
         ["labels", f"{len(labels)} classes ({shown})" if labels else "none"],
         ["unlabelled", f"{found['unlabelled']:,}"],
+        ["groups", f"{found['groups']:,}; {found['ungrouped']:,} samples in none" if found["groups"] else "none"],
         ["formats and modes", ", ".join(f"{kind}: {count:,}" for kind, count in found["kinds"].items())],
         ["shorter side, pixels", f"{side['least']} to {side['most']}, median {side['median']:g}"],
         ["commonest sizes", ", ".join(f"{size}: {count:,}" for size, count in found["sizes"].items())],
@@ -85,7 +151,18 @@ def check_table(found: dict[str, Any]) -> None:
         ["bad samples", f"{len(found['bad']):,}"],
     ]
     table(["", "found"], rows)
+    for kind in found.get("stats", {}).get("kinds", []):
+        _kind_table(kind)
+    if mixed := found.get("stats", {}).get("mixed"):
+        say(f"mixed channels or dtypes, of which a run takes one number of channels: {'; '.join(mixed)}")
     for problem in found["bad"][:20]:
         say(f"bad: {problem['sample']}: {problem['reason']}")
     for group in found["duplicate_groups"][:5]:
         say(f"identical: {', '.join(group[:6])}")
+
+
+def _kind_table(kind: dict[str, Any]) -> None:
+    names = ["mean", "std", "least", f"p{LOW}", f"p{HIGH}", "most"]
+    rows = [[str(i), *(f"{kind[name][i]:.6g}" for name in names)] for i in range(kind["channels"])]
+    shown = ["mean", "std", "least", f"{LOW} %", f"{HIGH} %", "most"]
+    table(["channel", *shown], rows, f"{kind['dtype']}, {kind['samples']:,} samples, in the files' own units")

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -27,7 +28,11 @@ class Crew:
         return future
 
     def close(self) -> None:
-        """Let the threads end after what they have."""
+        """Drop what is not begun, and let the threads end after what they have."""
+        while not self._jobs.empty():
+            with suppress(queue.Empty):  # a thread was quicker
+                if given := self._jobs.get_nowait():
+                    given[0].cancel()
         for _ in self._threads:
             self._jobs.put(None)
 

@@ -35,6 +35,7 @@ class HttpStore:
         self._idle: defaultdict[tuple[str, str], list[http.client.HTTPConnection]] = defaultdict(list)
         self._lock = threading.Lock()
         self._secure = ssl.create_default_context()
+        self._most = IDLE_MOST
 
     def look(self, address: Address, end: float) -> Object:
         """By a range of one byte: signed addresses are signed for GET alone, and this shows whether there are ranges."""
@@ -71,19 +72,27 @@ class HttpStore:
     def list(self, pattern: Address, end: float) -> list[Address]:
         raise UsageError(f"{pattern}: a web server lists nothing; name the shards with braces, x-{{000..009}}.tar")
 
+    def close(self) -> None:
+        with self._lock:
+            self._most = 0  # what is in use now is closed when it comes back
+            lines = [line for idle in self._idle.values() for line in idle]
+            self._idle.clear()
+        for line in lines:
+            line.close()
+
     @contextmanager
     def _get(self, address: Address, headers: Mapping[str, str], end: float) -> Iterator[http.client.HTTPResponse]:
         """The answer to a request, after its redirects. What is not read to its end closes the connection."""
         url = urlsplit(address.url)
         for _ in range(REDIRECTS):
             line = self._line(url)
-            whole = False
+            answer, whole = None, False
             try:
                 answer = _ask(line, url, headers, end)
                 if (onwards := _onwards(answer, url)) is None:
                     _refuse(answer)
                     yield answer
-                    whole = answer.isclosed() and not answer.will_close
+                    whole = (answer.isclosed() or answer.length == 0) and not answer.will_close
                     return
                 url = onwards
             except http.client.HTTPException as error:
@@ -93,6 +102,8 @@ class HttpStore:
             except ssl.SSLCertVerificationError as error:
                 raise Refused(f"the server's certificate is not trusted: {error.verify_message}") from None
             finally:
+                if answer:
+                    answer.close()  # it may hold the socket by itself
                 self._back(line, url, whole)
         raise Refused(f"more than {REDIRECTS} redirects")
 
@@ -113,7 +124,7 @@ class HttpStore:
     def _back(self, line: http.client.HTTPConnection, url: SplitResult, whole: bool) -> None:
         with self._lock:
             idle = self._idle[url.scheme, url.netloc]
-            if whole and len(idle) < IDLE_MOST:
+            if whole and len(idle) < self._most:
                 idle.append(line)
                 return
         line.close()

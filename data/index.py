@@ -52,12 +52,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SELFSIGHT_CACHE") or default)
 
 
-def index_path(shard: Path) -> Path:
+def index_path(shard: Path, suffix: str = ".idx") -> Path:
     """Beside the shard, or in the cache folder when only that one exists or can be made."""
-    beside = shard.with_name(shard.name + ".idx")
+    beside = shard.with_name(shard.name + suffix)
     if beside.exists() or os.access(shard.parent, os.W_OK):
         return beside
-    return cache_folder() / "index" / f"{sha256(str(shard.resolve()).encode()).hexdigest()[:16]}-{shard.name}.idx"
+    return cache_folder() / "index" / f"{sha256(str(shard.resolve()).encode()).hexdigest()[:16]}-{shard.name}{suffix}"
 
 
 def build_index(shard: Path | Address, *, missing: str = "error") -> Records:
@@ -86,7 +86,7 @@ def scan(shard: Path | Address, missing: str = "error") -> Records:
     if isinstance(shard, Address):
         from selfsight.data.remote_index import scan_remote
 
-        return scan_remote(shard, missing)[0]
+        return scan_remote(shard, missing)
     return _walk(shard, missing)[0]
 
 
@@ -135,7 +135,8 @@ def read_index(shard: Path | Address) -> Records:
 
 def read_records(path: Path, shard: Path | Address, size: int) -> Records:
     """The records in one file, of a shard of `size` bytes, memory-mapped."""
-    fix = f"; make it with: selfsight shards index {shard}"
+    where = "make it" if isinstance(shard, Path) else "put a new one beside the shard, made"
+    fix = f"; {where} with: selfsight shards index {shard}"
     try:
         head = np.fromfile(path, HEADER, 1)
         records = (

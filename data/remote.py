@@ -3,6 +3,7 @@
 `ask` says which samples are wanted and returns at once; `sample` waits for one. Both look into the cache on the disk first.
 """
 
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -72,6 +73,7 @@ class RemoteReader:
         self.addresses, self.seen, self.patience = addresses, seen, patience
         self.cache: DiskCache | None = disk_cache()
         self._stores: dict[str, Store] = {}
+        self._lock, self._closed = threading.Lock(), False
         self._crew = Crew(IN_FLIGHT)
         self._coming: dict[Want, tuple[int, Future[bytes | None]]] = {}
         self._round = 0
@@ -127,6 +129,10 @@ class RemoteReader:
     def close(self) -> None:
         """End the threads and close the files."""
         self._crew.close()
+        with self._lock:
+            self._closed = True
+            for store in self._stores.values():
+                store.close()
         if self.cache:
             self.cache.close()
 
@@ -194,9 +200,12 @@ class RemoteReader:
             ) from None
 
     def _store(self, address: Address) -> Store:
-        if address.scheme not in self._stores:
-            self._stores[address.scheme] = open_store(address.scheme)
-        return self._stores[address.scheme]
+        with self._lock:
+            if self._closed:
+                raise Refused("closed")  # what nobody waits for any more
+            if address.scheme not in self._stores:
+                self._stores[address.scheme] = open_store(address.scheme)
+            return self._stores[address.scheme]
 
     def _address(self, shard: int) -> Address:
         address = self.addresses[shard]

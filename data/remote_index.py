@@ -4,7 +4,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -44,6 +44,8 @@ def looked_at(addresses: Sequence[Address]) -> list[tuple[Object, Path]]:
         return list(zip(seen, [path.result() for path in paths], strict=True))
     finally:
         crew.close()
+        for store in stores.values():
+            store.close()
 
 
 def local_index(store: Store, address: Address, seen: Object) -> Path:
@@ -64,9 +66,9 @@ def local_index(store: Store, address: Address, seen: Object) -> Path:
 
 def build_remote_index(address: Address, missing: str) -> Records:
     """Walk a remote shard and keep its index in the cache folder; see `index.scan`."""
-    store = open_store(address.scheme)
-    seen = _there(store, address)
-    records, left = scan_remote(address, missing)
+    with closing(open_store(address.scheme)) as store:
+        seen = _there(store, address)
+        records, left = _walked(store, address, seen, missing)
     if left:
         say(f"{address}: {left}; left out")
     path = _kept(address, seen)
@@ -81,10 +83,10 @@ def read_remote_index(address: Address) -> Records:
     return read_records(path, address, seen.size)
 
 
-def scan_remote(address: Address, missing: str) -> tuple[Records, str]:
-    """The records of a remote shard, and what was left out, in words."""
-    store = open_store(address.scheme)
-    return _walked(store, address, _there(store, address), missing)
+def scan_remote(address: Address, missing: str) -> Records:
+    """The records of a remote shard as it is now; see `index.scan`."""
+    with closing(open_store(address.scheme)) as store:
+        return _walked(store, address, _there(store, address), missing)[0]
 
 
 def _there(store: Store, address: Address) -> Object:

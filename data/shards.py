@@ -6,9 +6,10 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfsight.data.decode import BadSample
-from selfsight.data.index import Records, read_index, read_records
+from selfsight.data.index import Records, index_path, read_index, read_records
 from selfsight.data.order import Ids, sample_ids
 from selfsight.data.remote import RemoteReader, ShardChanged, Span, Want, changed
 from selfsight.data.remote_index import local_index, looked_at
@@ -70,7 +71,8 @@ class Shards:
         if not isinstance(path, Address) or not isinstance(seen, Object) or index is None:
             return read_index(path)
         if not index.exists():  # the cache folder was cleaned meanwhile
-            index = local_index(open_store(path.scheme), path, seen)
+            with closing(open_store(path.scheme)) as store:
+                index = local_index(store, path, seen)
         return read_records(index, path, seen.size)
 
     @property
@@ -79,6 +81,24 @@ class Shards:
         if self._loaded is None:
             self._loaded = [self._waited(shard, partial(self._reopened, shard)) for shard in range(len(self.paths))]
         return self._loaded
+
+    def beside(self, shard: int, suffix: str) -> Path:
+        """A file about one of the shards, where its index is."""
+        path, index = self.paths[shard], self._indexes[shard]
+        if isinstance(path, Path):
+            return index_path(path, suffix)
+        assert index is not None
+        return index.with_name(index.name.removesuffix(".idx") + suffix)
+
+    @property
+    def checksums(self) -> list[int]:
+        """CRC-32 of each shard's index records, which change with any sample in it."""
+        return list(self._checksums)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [end - start for start, end in pairwise(self._starts)]
 
     def __len__(self) -> int:
         return self._starts[-1]

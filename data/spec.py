@@ -3,6 +3,8 @@
 import glob
 import re
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -100,9 +102,9 @@ def _listed(address: Address) -> list[Address]:
         pattern = Address(address.url.rstrip("/") + "/*.tar")
     elif not magic:
         return [address]
-    store = open_store(address.scheme)
     try:
-        found = patiently(lambda end: store.list(pattern, end), TOTAL / 2)
+        with closing(open_store(address.scheme)) as store:
+            found = patiently(partial(store.list, pattern), TOTAL / 2)
     except Refused as error:
         found = []
         if not error.missing:

@@ -118,6 +118,9 @@ class Store(Protocol):
     def list(self, pattern: Address, end: float) -> list[Address]:
         """The objects that a glob matches, sorted by name."""
 
+    def close(self) -> None:
+        """Give up its connections."""
+
 
 def remote(part: str) -> bool:
     """Whether a part of a SPEC is an address and no path.
@@ -214,6 +217,9 @@ class FsspecStore:
 
     def list(self, pattern: Address, end: float) -> list[Address]:
         return [Address(f"{self.scheme}://{path}") for path in sorted(self._call("glob", end, pattern.path))]
+
+    def close(self) -> None:
+        """fsspec shares its file systems among all who ask for the same, and ends them with the process."""
 
     def _call(self, method: str, deadline: float, *arguments: Any, **named: Any) -> Any:
         seconds = max(0.01, min(TOTAL, deadline - time.monotonic()))

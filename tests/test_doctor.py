@@ -89,7 +89,13 @@ def large() -> Images:
         (large, {}, "sizes", "note", "--short-side 16 would make decoding cheap"),
         (lambda: noisy(40, size=8), {}, "sizes", "note", "most images are enlarged"),
         (lambda: noisy(40), {"train": {"steps": 20}}, "schedule", "warning", "too few"),
-        (lambda: noisy(40), {"encoder": {"channels": 5}}, "images", "problem", "40 of 40 images cannot be used"),
+        (
+            lambda: noisy(40),
+            {"encoder": {"channels": 5}, "data": {"mean": [0.5] * 5, "std": [0.5] * 5}},
+            "images",
+            "problem",
+            "40 of 40 images cannot be used",
+        ),
     ],
 )
 def test_each_defect_is_seen(
@@ -145,7 +151,8 @@ def test_the_command_prints_a_table_or_json_and_ends_with_the_runs_code(
     recipe.write_text(json.dumps(recipe_tree(tmp_path / "s-000000.tar")))
     assert main(["doctor", str(recipe)]) == 0
     assert "40 samples in 1 shards" in capsys.readouterr().out
-    assert main(["doctor", str(recipe), "--json", "--encoder.channels", "7"]) == 65
+    given = ["--data.mean", str([0.5] * 7), "--data.std", str([0.5] * 7)]
+    assert main(["doctor", str(recipe), "--json", "--encoder.channels", "7", *given]) == 65
     kinds = {item["topic"]: item["level"] for item in json.loads(capsys.readouterr().out)}
     assert kinds["images"] == "problem"
     assert main(["doctor", str(recipe), "--train.batch_size", "64"]) == 2

@@ -16,9 +16,10 @@ from transformers import AutoModel
 from selfsight import checkpoint, cli
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
-from selfsight.export import export, load_encoder, verify_export
+from selfsight.export import export, load_encoder, timm_line, verify_export
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.train import pretrain
+from selfsight.weights import load_weights
 
 TINY: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2}
 
@@ -161,3 +162,121 @@ def test_what_is_no_encoder_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="neither selfsight's nor timm's"):
         load_encoder(tmp_path)
+
+
+# -- volumes and channel tokens: timm has the backbone of one plane, a file of our own the rest
+
+PLANES = [
+    {"channels": 2, "frames": 6, "tube": 2},
+    {"channels": 3, "frames": 4, "positions": "learned", "pool": "cls"},
+    {"frames": 2, "tube": 2},
+    {"channels": 5, "channel_tokens": True},
+]
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm looks at an export in this process, which saves the six seconds of starting another."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        folder, sample = command[-2:]
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+        tokens = model.forward_features(load_file(sample)["images"])
+        found = {"tokens": tokens, "pooled": model.forward_head(tokens, pre_logits=True)}
+        save_file({name: value.contiguous() for name, value in found.items()}, sample + ".out")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("selfsight.export.subprocess.run", run)
+
+
+@pytest.mark.parametrize("fields", PLANES)
+@torch.inference_mode()
+def test_volumes_and_channels_come_back_as_they_were(
+    tmp_path: Path, fields: dict[str, Any], clean_process: None
+) -> None:
+    channels = fields.get("channels", 3)
+    statistics = {name: tuple(0.1 + 0.1 * i for i in range(channels)) for name in ("mean", "std")}
+    encoder, folder = make(statistics, **fields).eval(), tmp_path / "enc"
+    assert export(encoder, folder, {}) < 1e-5
+    own = {name: table for name, table in encoder.named_parameters() if name in ("depth_embed", "channel_embed")}
+    assert (folder / "planes.safetensors").is_file() == bool(own)
+    assert set(json.loads((folder / "manifest.json").read_text())) == {p.name for p in folder.iterdir()} - {
+        "manifest.json"
+    }
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1
+    again = load_encoder(folder)
+    assert (again.preprocessing, again.config) == (encoder.preprocessing, encoder.config)
+    assert again.state_dict().keys() == encoder.state_dict().keys()
+    volumes = torch.randn(2, *encoder.preprocessing.shape)
+    assert torch.equal(again.embed(volumes), encoder.embed(volumes))
+    told = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    stem = 1 if encoder.config.channel_tokens else channels * encoder.config.tube
+    assert told["input_size"] == [stem, 16, 16]
+    assert len(told["mean"]) == len(told["std"]) == stem
+    assert ("one plane of patches; all of it: selfsight.load_encoder" in timm_line(folder)) == bool(own)
+    assert timm_line(folder).startswith(f'timm.create_model("local-dir:{folder}"')
+
+
+def test_the_means_of_a_tube_are_those_of_its_channels(tmp_path: Path, clean_process: None) -> None:
+    export(make({"mean": (0.1, 0.2), "std": (0.3, 0.4)}, **PLANES[0]), tmp_path / "tube", {})
+    export(make({"mean": (0.1, 0.3), "std": (1.0, 2.0)}, channels=2, channel_tokens=True), tmp_path / "tokens", {})
+    found = [json.loads((tmp_path / name / "config.json").read_text())["pretrained_cfg"] for name in ("tube", "tokens")]
+    assert (found[0]["mean"], found[0]["std"]) == ([0.1, 0.1, 0.2, 0.2], [0.3, 0.3, 0.4, 0.4])
+    assert (found[1]["mean"], found[1]["std"]) == ([0.2], [1.5])
+
+
+def test_volumes_whose_tables_differ_are_not_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None
+) -> None:
+    def spoil(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file({name: 1.5 * t if name == "depth_embed" else t for name, t in tensors.items()}, path)
+
+    monkeypatch.setattr("selfsight.export.save_file", spoil)
+    with pytest.raises(StorageError, match="features differ"):
+        export(make(**PLANES[0]), tmp_path / "enc", {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_export_of_volumes_is_refused(tmp_path: Path, clean_process: None) -> None:
+    folder = tmp_path / "enc"
+    export(make(**PLANES[0]), folder, {})
+    config = (folder / "config.json").read_text()
+    tables = (folder / "planes.safetensors").read_bytes()
+    (folder / "planes.safetensors").write_bytes(tables[:-1] + b"x")
+    with pytest.raises(StorageError, match=r"planes.safetensors is damaged"):
+        load_encoder(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "planes.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"planes.safetensors is not what its config.json describes \(depth_embed\)"):
+        load_encoder(folder)
+    (folder / "planes.safetensors").write_bytes(tables)
+    load_encoder(folder)
+    for old, new, told in (
+        ('"frames": 6', '"frames": 8', r"\(depth_embed\)"),
+        ('"tube": 2', '"tube": 6', r"\(nothing\)"),
+        ('"width": 24', '"width": 4096', "its weights have"),
+    ):
+        (folder / "config.json").write_text(config.replace(old, new))
+        with pytest.raises(UsageError, match=told):
+            load_encoder(folder)
+    for field in ('"frames": 6', '"channels": 2'):  # of the encoder, and not of its inputs
+        (folder / "config.json").write_text(config.replace(field, field[:-1] + "4", 1))
+        with pytest.raises(UsageError, match="inputs that its encoder does not take"):
+            load_encoder(folder)
+
+
+@torch.inference_mode()
+def test_weights_of_an_export_know_their_tubes(tmp_path: Path, clean_process: None) -> None:
+    """Three planes of one channel are not three channels."""
+    tube = make(channels=1, frames=3, tube=3).eval()
+    export(tube, tmp_path / "enc", {})
+    plain = make(channels=1).eval()
+    lines = load_weights(plain, str(tmp_path / "enc"), "x")
+    assert lines[1:] == [
+        "patch_embed.proj.weight: 24x3x4x4 resampled to 24x1x4x4, for patches of 1 planes in place of 3"
+    ]
+    image = torch.randn(2, 1, 16, 16)
+    still = tube.embed(image[:, :, None].expand(-1, -1, 3, -1, -1))
+    assert torch.allclose(plain.embed(image), still, atol=1e-5)
+    again = make(channels=1, frames=3, tube=3).eval()
+    assert len(load_weights(again, str(tmp_path / "enc"), "x")) == 1

@@ -7,6 +7,7 @@ summed over images, N or no square for (N - 1)^2, another width, a batch of one 
 no norm, one layer less, biases, the other view watched, terms with gradient, the same stochastic depth for both views.
 """
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from selfsight.objectives import build_objective
 from selfsight.objectives.across import GlobalBatchNorm
 from selfsight.objectives.base import Setting
 from selfsight.objectives.configs import VICRegConfig
-from selfsight.objectives.vicreg import VICReg, covariance, variance
+from selfsight.objectives.vicreg import VICReg, covariance, triples, variance
 from selfsight.recipe import DataConfig, EncoderConfig
 
 ENCODER: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2}
@@ -227,3 +228,99 @@ def test_it_learns() -> None:
         optimizer.step()
     assert loss.total < 0.4 * first.total
     assert loss.terms["variance"] < 0.5 * first.terms["variance"]
+
+
+# -- moments of clips
+
+
+def clips(objective: VICReg, count: int = 6, first: int = 100) -> Batch:
+    drawn = torch.Generator().manual_seed(first)
+    views = tuple(torch.randn(count, 3, 16, 16, generator=drawn) for _ in objective.views)
+    return Batch(views, torch.arange(first, first + count), seed=7)
+
+
+def test_half_of_the_triples_have_neighbours_swapped() -> None:
+    orders, labels = triples(torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)))
+    found = Counter(zip(map(tuple, orders.tolist()), labels.tolist(), strict=True))
+    assert found.keys() == {((0, 1, 2), 1), ((1, 0, 2), 0), ((0, 2, 1), 0)}  # never reversed
+    for (_, label), count in found.items():
+        expected = 2000 if label else 1000
+        assert abs(count - expected) < 4 * expected**0.5
+
+
+def test_order_verification_is_a_slow_loop() -> None:
+    objective = make(order=3.0)
+    batch = clips(objective)
+    result = objective(batch)
+    draws, features = batch.uniform("order", 2), [objective.feature(batch, view).detach() for view in range(3)]
+    weight, bias = (p.detach().double() for p in objective.in_order.parameters())
+    losses, right = [], []
+    for clip, (shuffled, which) in enumerate(draws.tolist()):
+        order = [0, 1, 2] if shuffled < 0.5 else [1, 0, 2] if which < 0.5 else [0, 2, 1]
+        logits = weight @ torch.cat([features[moment][clip] for moment in order]).double() + bias
+        label = int(order == [0, 1, 2])
+        losses.append(-(logits[label] - logits.exp().sum().log()).item())
+        right.append(bool(logits.argmax() == label))
+    assert len(set(right)) == 2
+    assert result.terms["order"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert result.terms["order_accuracy"].item() == pytest.approx(np.mean(right))
+    assert result.terms["order/floor"].item() == pytest.approx(np.log(2))
+    assert not any(term.requires_grad for term in result.terms.values())
+    plain = make()
+    plain.load_state_dict(objective.state_dict(), strict=False)
+    rest = plain(Batch(batch.views[:2], batch.positions, batch.seed)).total.item()
+    assert result.total.item() == pytest.approx(rest + 3 * np.mean(losses), rel=1e-5)
+    assert {"order", "order_accuracy"}.isdisjoint(plain(batch).terms)
+    result.total.backward()
+    assert all(p.grad is not None and p.grad.any() for p in objective.in_order.parameters())
+
+
+def test_three_views_show_three_moments() -> None:
+    one, other = View(flip=0.1), View(blur=0.3)
+    views = make(view=one, second_view=other, order=1.0).views
+    assert [view.moment for view in views] == [0, 1, 2]
+    assert [view.model_copy(update={"moment": None}) for view in views] == [one, other, one]
+    assert "in_order.weight" not in make().state_dict()
+
+
+def test_order_in_mixed_precision() -> None:
+    objective = make(order=1.0)
+    plain = objective(clips(objective)).terms["order"].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = objective(clips(objective)).terms["order"]
+    assert mixed.dtype == torch.float32
+    assert mixed.item() == pytest.approx(plain, rel=0.05)
+
+
+def test_order_needs_clips() -> None:
+    objective = make(order=1.0)
+    with pytest.raises(UsageError, match=r"objective.order: .* moments of clips, and these samples are single images"):
+        objective.check(Setting(256, "x", 0, clips=False))
+    assert objective.check(Setting(256, "x", 0, clips=True)) == objective.check(Setting(256, "x", 0)) == []
+    assert make().check(Setting(256, "x", 0, clips=False)) == []
+
+
+def moving_squares(count: int, first: int) -> Batch:
+    """Three moments of a bright square that moves to the right over black, in 8 x 8 pixels."""
+    drawn = torch.Generator().manual_seed(first)
+    rows, starts = torch.randint(0, 6, (2, count), generator=drawn)
+    views = torch.zeros(3, count, 1, 8, 8)
+    for clip in range(count):
+        for moment in range(3):
+            column = int(starts[clip]) % 3 + 2 * moment - (moment == 2)
+            views[moment, clip, 0, rows[clip] : rows[clip] + 3, column : column + 3] = 1.0
+    return Batch(tuple(views), torch.arange(first, first + count), seed=7)
+
+
+def test_the_order_of_moving_squares_is_learned() -> None:
+    weights = {"invariance": 0.0, "variance": 0.0, "covariance": 0.0, "order": 1.0}
+    objective = make({"image_size": 8, "channels": 1, "depth": 1}, expander_layers=1, **weights).train()
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
+    for step in range(80):
+        loss = objective(moving_squares(32, 32 * step))
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+    tested = objective(moving_squares(256, 10**6)).terms
+    assert tested["order_accuracy"] > 0.9
+    assert tested["order"] < 0.5 * tested["order/floor"]

@@ -16,10 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfsight import __version__, checkpoint
 from selfsight.data import jpeg
 from selfsight.data.crops import ViewMaker
+from selfsight.data.decode import BadSample
 from selfsight.data.loader import Batches, Placer
 from selfsight.data.mixture import Mixture, Samples
+from selfsight.data.picture import Picture
 from selfsight.data.pixel_cache import find_cache
 from selfsight.data.shards import Shards
+from selfsight.data.stats import fill_in
 from selfsight.encoder import Encoder, Preprocessing, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
@@ -166,6 +169,14 @@ def open_samples(data: DataConfig) -> Samples:
     return Mixture([Shards(part.train) for part in data.mix], [part.weight for part in data.mix])
 
 
+def has_planes(samples: Samples, made: Preprocessing) -> bool | None:
+    """Whether the first sample has more planes than an input takes, of which views show different ones; None if it is bad."""
+    try:
+        return Picture(samples.images(0, samples.read(0)), made.form).planes > made.frames
+    except BadSample:
+        return None
+
+
 def own_statistics(mix: Sequence[MixPart], made: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Mean and standard deviation of each set of a mixture (K, C, 1, 1); None where all have the same.
 
@@ -192,6 +203,8 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         UsageError, DataError: whatever in the recipe cannot be built, before the first step.
     """
     shards = open_samples(recipe.data)
+    sets = shards.sets if isinstance(shards, Mixture) else [shards]
+    recipe = recipe.model_copy(update={"data": fill_in(recipe.data, recipe.encoder.channels, sets)})
     batch = recipe.train.batch_size
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")
@@ -208,7 +221,9 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         objective = build_objective(recipe.objective, encoder)
-    notes += objective.check(Setting(batch // recipe.train.accumulate, shards.id, recipe.seed))
+    moments = any(view.moment is not None for view in objective.views)
+    clips = has_planes(shards, encoder.preprocessing) if moments else None
+    notes += objective.check(Setting(batch // recipe.train.accumulate, shards.id, recipe.seed, clips))
     if any(view.shift for view in objective.views):
         notes.append("view.shift: neighbours are told by label; labels must be clips, not classes that are scored")
     if not objective.uses_head:

@@ -206,6 +206,15 @@ def build_parser() -> argparse.ArgumentParser:
     one = _command(actions, "check", _check, "read, verify and decode every sample again")
     one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
     one.add_argument("--json", action="store_true", help="print one object")
+    one.add_argument(
+        "--stats", action="store_true", help="write mean, std and percentiles of every channel beside the index"
+    )
+    one.add_argument("--stats-samples", type=_count, metavar="N", help="of N samples, evenly spaced (default: of all)")
+    one.add_argument(
+        "--volumes",
+        action="store_true",
+        help="an axis that a file does not name is planes, as a run with frames has it",
+    )
     one = _command(
         actions, "cache", _cache, "store the pixels of small images of one size, so that none is decoded again"
     )
@@ -386,12 +395,13 @@ def _index(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from selfsight.console import progress
-    from selfsight.data.check import check, check_table
+    from selfsight.data.check import Measure, check, check_table
     from selfsight.data.shards import Shards
 
     shards = Shards(options.spec)
+    wanted = options.stats or options.stats_samples is not None
     with progress("checking", len(shards)) as bar:
-        found = check(shards, bar)
+        found = check(shards, bar, Measure(options.stats_samples, options.volumes) if wanted else None)
     if options.json:
         print(json.dumps(found, indent=1))
     else:

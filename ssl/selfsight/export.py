@@ -254,8 +254,9 @@ def _from_export(path: Path) -> Encoder:
     stored = read_export(path)
     _refuse_bomb(config, made, stored.backbone | stored.own, path)
     encoder = build_encoder(config, made, seed=0)
-    if lacking := [name for name in PLANE_TABLES if getattr(encoder, name) is not None and name not in stored.own]:
-        raise UsageError(f"{path}: lacks {lacking[0]}, which should lie in {PLANES}; copy or export it again")
+    wanted = {name: table.shape for name, table in encoder.named_parameters() if name in PLANE_TABLES}
+    if wanted != {name: table.shape for name, table in stored.own.items()}:
+        raise UsageError(f"{path}: {PLANES} is not what its config.json describes ({', '.join(wanted) or 'nothing'})")
     adopt(encoder, stored, str(file))
     return encoder.eval()
 

@@ -63,7 +63,8 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
         samples=len(parts.shards),
         steps=parts.steps,
         passes=parts.epoch(parts.steps),
-        image=f"{made.image_size} × {made.image_size} × {made.channels}",
+        image=(f"{made.frames} planes of " if made.frames > 1 else "")
+        + f"{made.image_size} × {made.image_size} × {made.channels}",
         parameters=sum(p.numel() for p in parts.encoder.parameters()) / 1e6,
         architecture=parts.recipe.encoder.name,
         charts=_charts(lines),
@@ -144,10 +145,16 @@ def picture_rows(parts: Parts, device: torch.device) -> list[dict[str, Any]]:
 
 
 def png(image: Tensor, made: Preprocessing) -> str:
-    """A normalised image (C, S, S) or (C, D, S, S) as a data URL; 1 or 3 channels as they are, of more the first; the middle plane."""
-    pixels = (made.pixels(image).clamp(0, 1) * 255).round().byte().numpy()
-    pixels = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels
-    array = np.moveaxis(pixels, 0, -1) if len(pixels) == 3 else pixels[0]
+    """A normalised image (C, S, S), or the middle one of its planes (C, D, S, S), as a data URL.
+
+    Grey and RGB of 8 bits as they are. Of other values no screen shows the whole range: black to white is 2.5 deviations
+    either side of the mean, and of more than three channels the first three are shown in false colours.
+    """
+    image = image[:, image.shape[1] // 2] if image.ndim == 4 else image
+    plain = made.channels in (1, 3) and made.depth == 8
+    shown = made._replace(frames=1).pixels(image) if plain else image / 5 + 0.5
+    pixels = (shown.clamp(0, 1) * 255).round().byte().numpy()
+    array = np.moveaxis(pixels[:3], 0, -1) if len(pixels) >= 3 else pixels[0]
     out = BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -46,9 +46,14 @@ class Plan:
 
 
 class Server:
-    """Serves plans, in a thread each request, from a free port until it is left; `requests` keeps what was asked."""
+    """Serves plans, in a thread each request, from a free port until it is left; `requests` keeps what was asked.
 
-    def __init__(self, plans: Mapping[str, Plan]) -> None:
+    Args:
+        latency: seconds before each answer.
+    """
+
+    def __init__(self, plans: Mapping[str, Plan], latency: float = 0.0) -> None:
+        self.latency = latency
         self.plans, self.attempts, self.lock = plans, Counter[str](), threading.Lock()
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.stopping = threading.Event()
@@ -70,11 +75,16 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def refuse(self) -> None:
-        """Connections are refused from now on, until `accept`; the port stays the same."""
+        """Connections are refused from now on, until `accept`, and open ones are cut; the port stays the same."""
         if self._serving is not None:
             self._serving.shutdown()
             self._serving.server_close()
             self._serving = None
+
+    @property
+    def away(self) -> bool:
+        """Whether connections are refused."""
+        return self._serving is None
 
     def accept(self) -> None:
         """Listen again."""
@@ -83,6 +93,7 @@ class Server:
 
     def fault(self, path: str, headers: Mapping[str, str]) -> tuple[Plan | None, Fault]:
         """The plan of a path and what this request meets; called once a request."""
+        self.stopping.wait(self.latency)
         with self.lock:
             self.requests.append((path, dict(headers)))
             plan = self.plans.get(path)
@@ -99,6 +110,7 @@ class Server:
             web = server
 
         class Listener(ThreadingHTTPServer):
+            request_queue_size = 128
             daemon_threads, block_on_close, allow_reuse_address = True, False, True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
@@ -111,11 +123,15 @@ class Server:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a kept connection would wait 40 ms for every body
     web: Server
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
     def do_GET(self) -> None:
+        if self.web.away:
+            self.close_connection = True
+            return
         plan, fault = self.web.fault(self.path.partition("?")[0], self.headers)
         if plan is None or fault.kind == "status":
             code = fault.value

@@ -50,14 +50,24 @@ def looked_at(addresses: Sequence[Address]) -> list[tuple[Object, Path]]:
 
 def local_index(store: Store, address: Address, seen: Object) -> Path:
     """The file with a shard's index: that beside the shard as it is now, else the one that was made here, now or before."""
-    beside = address.beside(".idx")
+    return copy_beside(store, address, ".idx") or _made(store, address, seen)
+
+
+def copy_beside(store: Store, address: Address, suffix: str) -> Path | None:
+    """A local copy of the small file of this suffix beside a shard, as it is now; None where there is none.
+
+    Raises:
+        DataError: it changed while it was read.
+        DataGone: the store cannot be reached.
+    """
+    beside = address.beside(suffix)
     try:
         state = patiently(partial(store.look, beside), PATIENCE)
     except Refused:  # none, or one that the shard's own signature does not open
-        return _made(store, address, seen)
+        return None
     except OSError as error:
         raise _gone(beside, error) from None
-    path = _kept(beside, state)
+    path = _kept(beside, state, "")
     if not path.exists():
         pieces = [(at, min(MOST, state.size - at)) for at in range(0, state.size, MOST)]
         _publish(
@@ -166,8 +176,7 @@ def _gone(address: Address, error: OSError) -> DataGone:
     return DataGone(f"{address}: cannot be reached ({error.strerror or error}); run the same command when it can")
 
 
-def _kept(address: Address, seen: Object) -> Path:
-    suffix = "" if address.name.endswith(".idx") else ".idx"
+def _kept(address: Address, seen: Object, suffix: str = ".idx") -> Path:
     return cache_folder() / "index" / f"{key_of(address, seen)}{suffix}"
 
 

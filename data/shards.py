@@ -20,7 +20,7 @@ from selfsight.data.decode import BadSample
 from selfsight.data.index import Records, index_path, read_index, read_records
 from selfsight.data.order import Ids, sample_ids
 from selfsight.data.remote import RemoteReader, ShardChanged, Span, Want, changed
-from selfsight.data.remote_index import local_index, looked_at
+from selfsight.data.remote_index import copy_beside, local_index, looked_at
 from selfsight.data.samples import split_clip
 from selfsight.data.spec import find_shards
 from selfsight.data.store import Address, Object, open_store
@@ -89,6 +89,18 @@ class Shards:
             return index_path(path, suffix)
         assert index is not None
         return index.with_name(index.name.removesuffix(".idx") + suffix)
+
+    def found_beside(self, shard: int, suffix: str) -> Path | None:
+        """That file, or a local copy of the one that stands beside a remote shard; None where there is none.
+
+        Raises:
+            DataError, DataGone: a store that cannot be read.
+        """
+        own, path = self.beside(shard, suffix), self.paths[shard]
+        if own.is_file() or isinstance(path, Path):
+            return own if own.is_file() else None
+        with closing(open_store(path.scheme)) as store:
+            return copy_beside(store, path, suffix)
 
     @property
     def checksums(self) -> list[int]:

@@ -174,8 +174,8 @@ def read_stats(*sets: Shards) -> Statistics | None:
     total = Statistics()
     for shards in sets:
         for shard in range(len(shards.paths)):
-            path = shards.beside(shard, SUFFIX)
-            if not path.is_file():
+            path = shards.found_beside(shard, SUFFIX)
+            if path is None:
                 return None
             total.add(_read(path, shards.checksums[shard], f"selfsight shards check {shards.paths[shard]} --stats"))
     return total

@@ -10,6 +10,7 @@ import torch
 from test_formats import npy, tiff
 from test_tar import make_tar
 from test_tiles import png
+from webfault import Plan, Server
 
 from selfsight import cli
 from selfsight.data.check import Measure, check, own_pixels
@@ -335,3 +336,23 @@ def test_a_run_keeps_what_the_statistics_gave(
     assert data.std == pytest.approx([value / 65535 for value in found["std"]])
     made = load_encoder(Path(small_fields["run_dir"]) / "encoder").preprocessing
     assert (made.channels, made.depth, made.mean) == (5, 16, data.mean)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_statistics_of_remote_shards(beside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that stand beside the shards on the server, or those that were made here."""
+    monkeypatch.setenv("SELFSIGHT_CACHE", str(tmp_path / "cache"))
+    images = arrays(4, 5, np.uint8)
+    near = packed(tmp_path / "s", images)
+    if beside:
+        measured(near)
+    files = {f"/{file.name}": Plan(file.read_bytes(), etag=f'"{file.name}"') for file in (tmp_path / "s").iterdir()}
+    with Server(files) as server:
+        far = Shards(f"{server.address}/s-{{000000..000001}}.tar")
+        if not beside:
+            assert read_stats(far) is None
+            measured(far)
+        found = read_stats(far)
+        assert found is not None
+        assert found.normalization(5, 8, None)[0] == pytest.approx(flat(images).mean(1) / 255)
+        far.close()

@@ -19,6 +19,7 @@ types stay as they are. Sizes are known from the header before a pixel is decode
 """
 
 import importlib
+import logging
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -136,9 +137,12 @@ def extra(module: str, what: str) -> Any:
         UsageError: it is not installed.
     """
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ImportError:
         raise UsageError(f"{what}: needs {module}; pip install 'selfsight[science]'") from None
+    for name in (module, "nibabel.global"):  # what they log of a damaged file is in the error, too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return found
 
 
 def fit(array: Array, form: Form) -> Array:

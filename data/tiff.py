@@ -13,6 +13,7 @@ from selfsight.data.formats import ORIENTATION, Array, claim, extra, over_white,
 COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32773: "PackBits", 32946: "deflate", 34925: "LZMA", 50000: "Zstd"}
 MIN_IS_WHITE, MIN_IS_BLACK, RGB = 0, 1, 2  # photometric interpretations
 PLANES, CHANNELS = "ZT", "CS"
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it complains of every file of more than 6 bands
 _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 277, 338, 339  # tags
 
 
@@ -42,10 +43,8 @@ def read_tiff(body: bytes, volumes: bool) -> Array | None:
 
 
 def library() -> Any:
-    """tifffile, quiet: what it logs of a damaged file is in the error, too."""
-    tifffile = extra("tifffile", "TIFF beyond 8 bits or 3 channels")
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    return tifffile
+    """tifffile."""
+    return extra("tifffile", "TIFF beyond 8 bits or 3 channels")
 
 
 def is_plain(body: bytes, volumes: bool) -> bool:

@@ -320,7 +320,8 @@ def test_kinds_in_words() -> None:
 def test_a_run_keeps_what_the_statistics_gave(
     tmp_path: Path, small_fields: dict[str, Any], unchecked_export: None
 ) -> None:
-    shards = packed(tmp_path / "s", arrays(16, 5, np.uint16, 0, 60000), per_shard=100)
+    images = arrays(16, 5, np.uint16, 0, 60000) + arrays(1, 4, np.uint16)
+    shards = packed(tmp_path / "s", images, per_shard=100)
     fields = small_fields | {
         "data.train": str(tmp_path / "s"),
         "data.depth": 16,
@@ -336,6 +337,8 @@ def test_a_run_keeps_what_the_statistics_gave(
     assert data.std == pytest.approx([value / 65535 for value in found["std"]])
     made = load_encoder(Path(small_fields["run_dir"]) / "encoder").preprocessing
     assert (made.channels, made.depth, made.mean) == (5, 16, data.mean)
+    told = (Path(small_fields["run_dir"]) / "quarantine.jsonl").read_text()
+    assert "has 4 channels of uint16; the encoder takes 5" in told
 
 
 @pytest.mark.parametrize("beside", [True, False])

@@ -1,6 +1,8 @@
 """TIFF as arrays: whole ones for training, and bands of rows of ones that do not fit into memory."""
 
 import logging
+import mmap
+import struct
 from io import BytesIO
 from typing import Any
 
@@ -12,6 +14,7 @@ from selfsight.data.formats import ORIENTATION, Array, claim, extra, over_white,
 # Those whose output cannot grow beyond the size that the header gave: a JPEG or JPEG 2000 brings its own.
 COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32773: "PackBits", 32946: "deflate", 34925: "LZMA", 50000: "Zstd"}
 MIN_IS_WHITE, MIN_IS_BLACK, RGB = 0, 1, 2  # photometric interpretations
+MAX_PAGES = 16_384
 PLANES, CHANNELS = "ZT", "CS"
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it complains of every file of more than 6 bands
 _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 277, 338, 339  # tags
@@ -19,6 +22,7 @@ _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _FORMAT = 258, 262, 277, 338, 339  # tags
 
 def read_tiff(body: bytes, volumes: bool) -> Array | None:
     """See `selfsight.data.formats`; None for what Pillow reads as well."""
+    refuse_circle(body)
     if is_plain(body, volumes):
         return None
     with library().TiffFile(BytesIO(body)) as tiff:
@@ -45,6 +49,26 @@ def read_tiff(body: bytes, volumes: bool) -> Array | None:
 def library() -> Any:
     """tifffile."""
     return extra("tifffile", "TIFF beyond 8 bits or 3 channels")
+
+
+def refuse_circle(buffer: bytes | mmap.mmap) -> None:
+    """Follow the chain of pages, which tifffile would follow for ever.
+
+    Raises:
+        BadSample: a page that leads to an earlier one, or more pages than are read.
+    """
+    order = "<" if buffer[:2] == b"II" else ">"
+    big = struct.unpack_from(f"{order}H", buffer, 2)[0] == 43
+    count, tag, place = ("Q", 20, "Q") if big else ("H", 12, "I")
+    at, seen = 8 if big else 4, set[int]()
+    while (page := struct.unpack_from(order + place, buffer, at)[0]) and page not in seen:
+        seen.add(page)
+        tags = struct.unpack_from(order + count, buffer, page)[0]
+        at = page + struct.calcsize(order + count) + tags * tag
+        if len(seen) > MAX_PAGES or at + struct.calcsize(order + place) > len(buffer):
+            raise BadSample(f"a TIFF with more than {MAX_PAGES:,} pages, or cut off at its page {len(seen)}")
+    if page:
+        raise BadSample(f"a TIFF whose pages run in a circle, after {len(seen)} of them")
 
 
 def is_plain(body: bytes, volumes: bool) -> bool:

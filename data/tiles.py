@@ -9,6 +9,7 @@ glass of a slide is), or empty: every channel 0, the file's GDAL_NODATA, or not 
 constant is background as a whole.
 """
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -20,7 +21,7 @@ from PIL import Image, ImageOps
 
 from selfsight.data.decode import FORMATS, BadSample
 from selfsight.data.formats import Array, over_white, read_array, suffix_of
-from selfsight.data.tiff import MIN_IS_WHITE, PLANES, library, refuse_kind
+from selfsight.data.tiff import MIN_IS_WHITE, PLANES, library, refuse_circle, refuse_kind
 from selfsight.errors import DataError, UsageError
 
 WHITE = 220 / 255
@@ -123,10 +124,12 @@ def _stored(pixels: Array) -> Image.Image | bytes:
 @contextmanager
 def _opened(path: Path) -> Iterator[Large]:
     with path.open("rb") as file:
-        head = file.read(1024)
-    if suffix_of(head) == "tif":
-        with library().TiffFile(path) as tiff:
-            yield TiffRows(tiff)
+        tiff = suffix_of(file.read(1024)) == "tif"
+        if tiff:
+            refuse_circle(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if tiff:
+        with library().TiffFile(path) as opened:
+            yield TiffRows(opened)
     else:
         yield Whole(path)
 

@@ -264,7 +264,20 @@ def jpeg_2000(side: int) -> bytes:
     return bytes(encode(np.zeros((side, side), np.uint8), photometric_interpretation=2))
 
 
+def circular(big: bool) -> bytes:
+    """A TIFF whose last page leads to its first."""
+    raw = bytearray(tiff(STACK, metadata=None, bigtiff=big))
+    with tifffile.TiffFile(BytesIO(bytes(raw))) as file:
+        offsets = [page.offset for page in file.pages]
+    tags = struct.unpack_from("<Q" if big else "<H", raw, offsets[-1])[0]
+    at = offsets[-1] + (8 + 20 * tags if big else 2 + 12 * tags)
+    struct.pack_into("<Q" if big else "<I", raw, at, offsets[0])
+    return bytes(raw)
+
+
 BAD = [
+    (circular(False), "pages run in a circle, after 4"),
+    (circular(True), "pages run in a circle, after 4"),
     (npy(np.array([{}], object), allow_pickle=True), "never unpickled"),
     (npy(np.array(["a"])), "dtype <U1"),
     (npy(BANDS > 5), "dtype bool"),

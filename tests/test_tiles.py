@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from test_formats import _peak, dicom, nifti, tiff
+from test_formats import _peak, circular, dicom, nifti, tiff
 
 from selfsight import cli
 from selfsight.data.build import build
@@ -256,10 +256,11 @@ def refusals() -> list[tuple[bytes, str]]:
         (tiff(BANDS[0], tile=(16, 16))[:-4000], "past its end"),
         (tiff(BANDS, imagej=True, metadata={"axes": "ZYX"}), "tiles are cut from images"),
         (npy(BANDS[None]), "has planes"),
+        (circular(True), "pages run in a circle"),
     ]
 
 
-@pytest.mark.parametrize(("body", "reason"), refusals(), ids=range(6))
+@pytest.mark.parametrize(("body", "reason"), refusals(), ids=range(7))
 def test_what_cannot_be_cut_is_named(body: bytes, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"x.tif: .*{reason}"):
         list(cut_tiles(stored(tmp_path, body), Cut(16)))

@@ -91,7 +91,7 @@ def test_neighbours_are_one_request_and_are_not_asked_for_twice(far: Shards, ser
 
 
 def test_requests_are_in_flight_together(server: Server, far: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen wait for each other: an answer is given only when all of them have come."""
+    """Some wait for each other: an answer is given only when all of them have come."""
     monkeypatch.setattr("selfsight.data.remote.plan.__defaults__", (-(10**9), 1))
     together = threading.Barrier(16)
     real = server.fault

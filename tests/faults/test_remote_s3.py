@@ -181,9 +181,7 @@ def test_another_object_under_the_key_ends_the_run(bucket: Bucket, small_shards:
     assert far.read(0)
     size = (small_shards / "small-000000.tar").stat().st_size
     bucket.client.put_object(Bucket="images", Key="moved/small-000000.tar", Body=bytes(size))
-    with pytest.raises(
-        ShardChanged, match="s3://images/moved/small-000000.tar: is another file than when the run started"
-    ):
+    with pytest.raises(ShardChanged, match=r"small-000000.tar: is another file than when the run started"):
         far.read(1)
     bucket.client.put_object(Bucket="images", Key="moved/small-000001.tar", Body=b"cut")
     with pytest.raises(ShardChanged):

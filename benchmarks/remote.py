@@ -1,6 +1,6 @@
 """What a store far away costs: samples per second of one process, read from a web server with 0 and with 50 ms before each answer.
 
-python benchmarks/remote.py --json          about half a minute on 2 cores
+python benchmarks/remote.py --json          about a minute on 2 cores
 
 One by one is what a loader without a plan does: a request for each sample, the next one after the answer. Planned is what loader
 workers do: the batch and the next one are asked for together, neighbours in one request, up to 32 requests in flight. With
@@ -28,10 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "faults"))
 
-from webfault import Plan, Server  # noqa: E402 - found by the line above
+from webfault import Plan, Server
 
-from selfsight.data.index import build_index  # noqa: E402
-from selfsight.data.shards import Shards  # noqa: E402
+from selfsight.data.index import build_index
+from selfsight.data.shards import Shards
 
 BATCH, BLOCK = 64, 64
 FEW = 128  # samples that are read one by one

@@ -31,6 +31,8 @@ class Features(NamedTuple):
     """By pool: (N, D) float32 on the CPU."""
     labels: Tensor
     """(N,) int64."""
+    groups: Tensor
+    """(N,) int64: patient, slide or scene, -1 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def labels_of(shards: Shards, ids: np.ndarray) -> Tensor:
     return torch.from_numpy(labels)
 
 
+def groups_of(shards: Shards, ids: np.ndarray) -> Tensor:
+    """Groups of samples (N,), -1 where there is none."""
+    return torch.from_numpy(shards.groups[ids].astype(np.int64))
+
+
 @torch.inference_mode()
 def extract(
     encoder: Encoder,
@@ -123,7 +130,7 @@ def extract(
     for pool, values in vectors.items():
         if not values.isfinite().all():
             raise NumericError(f"the encoder gives features that are not finite ({pool}, {shards.spec})")
-    return Features(vectors, labels)
+    return Features(vectors, labels, groups_of(shards, ids))
 
 
 def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) -> Features:
@@ -136,4 +143,4 @@ def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) ->
     pixels = torch.cat(list(crops.read(workers, False)))
     values = unit(pixels.flatten(1), preprocessing.values)
     vectors = torch.cat([values, torch.full((len(pixels), 1), 1e-3)], dim=1)
-    return Features({"pixels": vectors}, labels_of(shards, ids))
+    return Features({"pixels": vectors}, labels_of(shards, ids), groups_of(shards, ids))

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfsight.assemble import assemble
 from selfsight.data.loader import Batch
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of, take
 from selfsight.errors import UsageError
 from selfsight.objectives import build_objective, parse_objective
 from selfsight.objectives.across import Parts, first_position
 from selfsight.objectives.base import Objective
-from selfsight.recipe import DataConfig, EncoderConfig
+from selfsight.recipe import DataConfig, EncoderConfig, load
 from selfsight.stem import sample_channels
 from selfsight.weights import load_weights
 
@@ -174,6 +175,19 @@ def test_the_parts_of_a_batch_show_the_same_channels() -> None:
     found = Parts(4).run([lambda own=part: first_position(own) for part in positions.chunk(4)])
     assert found == [40] * 4
     assert first_position(positions) == 40
+
+
+def test_micro_batches_draw_their_own_channels_and_a_resumed_run_keeps_them(small_fields: dict[str, Any]) -> None:
+    fields = {name: value for name, value in small_fields.items() if "decoder" not in name}
+    given = [
+        assemble(load("digits/rotation", fields | more), torch.device("cpu")).fingerprint()["train"]
+        for more in (
+            {},
+            {"encoder.channel_tokens": True},
+            {"encoder.channel_tokens": True, "encoder.channel_sampling": False},
+        )
+    ]
+    assert ["accumulate" in train for train in given] == [False, True, False]
 
 
 ALL: dict[str, dict[str, Any]] = {

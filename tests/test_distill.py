@@ -364,6 +364,37 @@ def test_the_teacher_sees_the_students_pixels_in_its_own_way(written: Write, stu
                 assert np.allclose(array(images[image, channel]), (resized - mean[channel]) / std[channel], atol=1e-4)
 
 
+def test_volumes_are_taught_plane_by_plane_in_the_teachers_way(written: Write) -> None:
+    planes = {"frames": 4, "tube": 2}
+    teacher = written(SMALL | {"image_size": 8} | planes, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    objective, drawn = make(teacher, {"channels": 1} | planes), torch.Generator().manual_seed(0)
+    volumes, own = torch.randn(3, 1, 4, 16, 16, generator=drawn), live(objective).encoder.preprocessing
+    seen = live(objective).as_input(volumes, objective.encoder.preprocessing)
+    assert seen.shape == (3, 3, 4, 8, 8)
+    for plane in range(4):
+        pixels = volumes[:, :, plane] * 0.5 + 0.5
+        small = F.interpolate(pixels, (8, 8), mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
+        expected = (small - torch.tensor(own.mean).view(3, 1, 1)) / torch.tensor(own.std).view(3, 1, 1)
+        assert torch.allclose(seen[:, :, plane], expected, atol=1e-5)
+    batch = Batch((volumes,), torch.arange(3), 0)
+    theirs = live(objective).encoder.embed(seen)
+    expected_loss = slow_distance(array(objective.project(objective.encoder.embed(volumes))), array(theirs), "cosine")
+    assert objective(batch).total.item() == pytest.approx(expected_loss, rel=1e-4)
+
+
+def test_planes_that_have_no_counterpart_are_refused(written: Write, plain: str) -> None:
+    deep = written(SMALL | {"frames": 2})
+    with pytest.raises(UsageError, match=r"objective.teacher: .* takes 1 planes, the student 2"):
+        make(plain, {"frames": 2})
+    with pytest.raises(UsageError, match=r"takes 2 planes, the student 1"):
+        make(deep)
+    with pytest.raises(UsageError, match=r"objective.patches: the patch tokens of .*encoder lie in planes"):
+        make(deep, {"frames": 2}, patches=1.0)
+    with pytest.raises(UsageError, match=r"objective.patches: the patch tokens of vit_tiny_patch16_224 lie in planes"):
+        make(plain, {"channel_tokens": True}, patches=1.0)
+    assert make(plain, {"channel_tokens": True}).eval()(make_batch()).total.isfinite()
+
+
 def test_the_teacher_is_frozen_and_not_part_of_the_model(plain: str) -> None:
     teacher = encode(SMALL | {"drop_path": 0.9, "depth": 2}, 1)
     frozen = Teacher(teacher.train(), DistillConfig(teacher="x"))

@@ -294,7 +294,7 @@ def test_order_in_mixed_precision() -> None:
 
 def test_order_needs_clips() -> None:
     objective = make(order=1.0)
-    with pytest.raises(UsageError, match=r"objective.order: .* moments of clips, and these samples are single images"):
+    with pytest.raises(UsageError, match=r"objective.order: .* moments of clips, and a sample here has no more frames"):
         objective.check(Setting(256, "x", 0, clips=False))
     assert objective.check(Setting(256, "x", 0, clips=True)) == objective.check(Setting(256, "x", 0)) == []
     assert make().check(Setting(256, "x", 0, clips=False)) == []

@@ -94,7 +94,9 @@ class Parts:
         """What a checkpoint must share with the run that goes on from it. Where the data lie is not part of it."""
         tree = (recipe or self.recipe).model_dump(mode="json")
         train = {key: tree["train"][key] for key in ("batch_size", "precision", "ema")} | {"steps": self.steps}
-        if self.objective.compares_images:  # then micro-batches are not only a matter of memory
+        encoder = self.recipe.encoder
+        # Then micro-batches are not only a matter of memory: each compares its images, or draws the channels that it shows.
+        if self.objective.compares_images or (encoder.channel_tokens and encoder.channel_sampling):
             train["accumulate"] = tree["train"]["accumulate"]
         if tree["train"]["deterministic"]:  # sums of other parts are rounded in another way
             train["deterministic"] = tree["train"]["deterministic"]

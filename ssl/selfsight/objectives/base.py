@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     """The id of the data."""
     seed: int
     clips: bool | None = None
-    """Whether its samples are clips of several frames; None: not known."""
+    """Whether its samples have more planes than one view shows; None: not known."""
 
 
 class Loss(NamedTuple):

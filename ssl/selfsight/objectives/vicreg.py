@@ -78,7 +78,7 @@ class VICReg(Objective):
         advice = "train.accumulate does not enlarge it; more images on a GPU, more GPUs, or train.checkpoint_blocks do"
         if self.config.order and setting.clips is False:
             raise UsageError(
-                "objective.order: its triples are moments of clips, and these samples are single images; "
+                "objective.order: its triples are moments of clips, and a sample here has no more frames than one view shows; "
                 "pack clips (KEY.000.jpg, KEY.001.jpg, ...), or leave it at 0"
             )
         few = f"vicreg: its statistics are those of {setting.images} images, fewer than {FEW}; {advice}"

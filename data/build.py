@@ -8,7 +8,8 @@ import lzma
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,24 @@ def build(
         UsageError: a source that is none of these, or a target in use.
         DataError: nothing to pack, or images that cannot be read.
     """
+    with drafted(target) as draft:
+        names = _fill(source, draft, root, split, download, reading, encoding, per_shard)
+        for kind in (kind for kind in names if names[kind]):
+            (draft / f"{kind}.json").write_text(json.dumps(names[kind], indent=1))
+    shards = Shards(str(target))
+    classes, groups = (len(set(numbers.tolist()) - {NONE}) for numbers in (shards.labels, shards.groups))
+    size = sum(path.stat().st_size for path in target.glob("*.tar"))
+    return Built(target, len(shards.paths), len(shards), classes, groups, size)
+
+
+@contextmanager
+def drafted(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends well, and nothing when it does not.
+
+    Raises:
+        UsageError: a target in use.
+        StorageError: it cannot be written.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target}: exists already; name a new folder, or remove it first")
     try:
@@ -75,18 +94,12 @@ def build(
         raise StorageError(f"{target.parent}: cannot be written ({error.strerror})") from None
     try:
         draft.chmod(0o755)
-        names = _fill(source, draft, root, split, download, reading, encoding, per_shard)
-        for kind in (kind for kind in names if names[kind]):
-            (draft / f"{kind}.json").write_text(json.dumps(names[kind], indent=1))
+        yield draft
         draft.replace(target)
     except OSError as error:
         raise StorageError(f"{target}: could not be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    shards = Shards(str(target))
-    classes, groups = (len(set(numbers.tolist()) - {NONE}) for numbers in (shards.labels, shards.groups))
-    size = sum(path.stat().st_size for path in target.glob("*.tar"))
-    return Built(target, len(shards.paths), len(shards), classes, groups, size)
 
 
 def _fill(
@@ -109,7 +122,7 @@ def _fill(
     if reading.clips or reading.cut or reading.group_by:
         raise UsageError(f"{source}: --clips, --tile and --group-by are for a folder of images")
     if packed or (".tar" in source and not source.startswith("digits:")):
-        return {"classes": _tars(source, draft, reading.unlabelled, encoding, per_shard, prefix)}
+        return _tars(source, draft, reading.unlabelled, encoding, per_shard, prefix)
     if source.startswith("digits:"):
         classes, pairs = [], digits.images(source.removeprefix("digits:"))
     else:
@@ -120,7 +133,9 @@ def _fill(
     return {"classes": classes}
 
 
-def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_shard: int, prefix: str) -> list[str]:
+def _tars(
+    source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_shard: int, prefix: str
+) -> dict[str, list[str]]:
     """Plain copies of (compressed) tars; rewritten only when their images are to change."""
     raw = draft / "raw"
     raw.mkdir()
@@ -141,8 +156,13 @@ def _tars(source: str, draft: Path, unlabelled: bool, encoding: Encoding, per_sh
         for path in raw.iterdir():
             path.replace(draft / path.name)
     shutil.rmtree(raw)
-    names = paths[0].parent / "classes.json"
-    return _class_names(names) if names.exists() and not unlabelled else []
+    return names_beside(paths[0].parent, [] if unlabelled else ["classes"])
+
+
+def names_beside(folder: Path, kinds: Sequence[str] = ("classes",)) -> dict[str, list[str]]:
+    """The names of groups, and of classes, that stand beside shards."""
+    files = {kind: folder / f"{kind}.json" for kind in (*kinds, "groups")}
+    return {kind: _names(file) for kind, file in files.items() if file.exists()}
 
 
 def _on_disk(source: str) -> list[Path]:
@@ -161,7 +181,7 @@ def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
         yield Sample(image, None if unlabelled or label == NONE else int(label), None if group == NONE else int(group))
 
 
-def _class_names(path: Path) -> list[str]:
+def _names(path: Path) -> list[str]:
     try:
         return [str(name) for name in json.loads(path.read_text())]
     except (ValueError, TypeError, RecursionError):

@@ -16,6 +16,8 @@ from selfsight.data.shards import Shards
 from selfsight.data.stats import HIGH, LOW, Statistics, write_stats
 from selfsight.errors import DataError
 
+AHEAD = 256  # samples of remote shards that are asked for together
+
 
 class Measure(NamedTuple):
     """What statistics are made of."""
@@ -45,6 +47,8 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
     for shard, size in enumerate(shards.sizes):
         found = Statistics(of=size)
         for i in range(first, first + size):
+            if i % AHEAD == 0:
+                shards.prefetch(range(i, min(i + 2 * AHEAD, len(shards))))
             try:
                 body = shards.read(i)
                 images = [own_pixels(image, bool(measure and measure.volumes)) for image in shards.images(i, body)]

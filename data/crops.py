@@ -98,12 +98,18 @@ class ViewMaker:
         """What a view shows of an image: left, top, right, bottom."""
         return crop_box(width, height, draws[1:], self.view) if self.view.crop_scale else (0, 0, width, height)
 
-    def __call__(self, pixels: Pixels, draws: NDArray[np.float64]) -> Pixels:
-        """One view (C, size, size) or (C, D, size, size) of an image or its planes, from one row of `draws`."""
+    def __call__(self, pixels: Pixels, draws: NDArray[np.float64], stored: tuple[int, int] | None = None) -> Pixels:
+        """One view (C, size, size) or (C, D, size, size) of an image or its planes, from one row of `draws`.
+
+        Args:
+            stored: width and height of what the pixels were reduced from.
+        """
         if self.view.crop_scale is None:
             pixels = resize_and_crop(pixels, self.size, 1.0, self.interpolation)
         else:
-            left, top, right, bottom = self.box(pixels.shape[-1], pixels.shape[-2], draws)
+            height, width = pixels.shape[-2:]
+            whole = stored or (width, height)
+            left, top, right, bottom = _scaled(self.box(whole[0], whole[1], draws), width, height, whole)
             pixels = resize(pixels[..., top:bottom, left:right], self.size, self.size, self.interpolation)
         return mirrored(pixels) if draws[0] < self.view.flip else pixels
 
@@ -116,6 +122,17 @@ class ViewMaker:
     def batches(self, height: int, width: int) -> bool:
         """Whether `of_batch` makes this view of images of this size."""
         return bool(self.view.crop_scale) and not self.view.shift and affordable(width, height, self.size)
+
+
+def _scaled(
+    box: tuple[int, int, int, int], width: int, height: int, stored: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """A box of a stored image in one that was reduced to width x height: the nearest pixels, at least one."""
+    if stored == (width, height):
+        return box
+    across, down = width / stored[0], height / stored[1]
+    left, top = round(box[0] * across), round(box[1] * down)
+    return left, top, max(left + 1, round(box[2] * across)), max(top + 1, round(box[3] * down))
 
 
 class Drawn(NamedTuple):

@@ -32,6 +32,7 @@ from selfsight.errors import DataError
 
 ROWS = 256  # of a stored teacher that are made at once
 PART_BYTES = 2**20  # that are normalised at once
+Window = tuple[Pixels, tuple[int, int] | None]  # with the stored width and height, if they may be others
 READING = -1  # in place of a sample: its bytes are on their way, and nothing is its fault
 SUBSTITUTES = 16  # tries to replace a bad sample; all bad means that the data are
 
@@ -181,33 +182,35 @@ class Batches(Dataset[HostBatch]):
             try:
                 if candidate not in pictures:
                     pictures[candidate] = self._picture(candidate, needs)
-                windows = [pictures[candidate].window(moments[slot]) for moments in drawn.moments]
+                shown = [pictures[candidate].window(moments[slot]) for moments in drawn.moments]
             except BadSample as error:
                 bad.append(self._bad(position, candidate, error))
                 continue
+            windows: list[Window] = [(pixels, pictures[candidate].size) for pixels in shown]
             for number, shifts in enumerate(drawn.shifts):
                 if shifts[slot]:
-                    windows[number] = self._neighbour(slot, position, candidate, number, drawn, bad, windows[number])
-            views = [
-                maker(window, rows[slot]) for maker, window, rows in zip(self.makers, windows, drawn.crops, strict=True)
-            ]
-            return views, candidate
+                    windows[number] = self._neighbour(slot, position, candidate, number, drawn, bad) or windows[number]
+            made = zip(self.makers, windows, drawn.crops, strict=True)
+            return [maker(pixels, rows[slot], size) for maker, (pixels, size), rows in made], candidate
         raise self._all_bad(bad)
 
     def _all_bad(self, bad: list[Bad]) -> DataError:
         return DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1].where}: {bad[-1].reason}")
 
     def _neighbour(
-        self, slot: int, position: int, sample: int, number: int, drawn: Drawn, bad: list[Bad], own: Pixels
-    ) -> Pixels:
-        """What a view shows of a neighbour; its own if there is none, or it is bad."""
+        self, slot: int, position: int, sample: int, number: int, drawn: Drawn, bad: list[Bad]
+    ) -> Window | None:
+        """What a view shows of a neighbour; None if there is none, or it is bad."""
         other = self.shards.neighbour(sample, drawn.shifts[number][slot])
+        if other == sample:
+            return None
         needs = partial(needed, self.makers[number : number + 1], [drawn.crops[number][slot : slot + 1]], self.reduce)
         try:
-            return self._picture(other, needs).window(drawn.moments[number][slot]) if other != sample else own
+            picture = self._picture(other, needs)
+            return picture.window(drawn.moments[number][slot]), picture.size
         except BadSample as error:
             bad.append(self._bad(position, other, error))
-            return own
+            return None
 
     def _picture(self, sample: int, needs: Needs) -> Picture:
         if sample in self.condemned:

@@ -62,7 +62,8 @@ def write_shards(
     """
     count = 0
     pattern = f"{folder}/{prefix}".replace("%", "%%") + "-%06d.tar"
-    with wds.ShardWriter(pattern, maxcount=per_shard, maxsize=2**40, verbose=0, mtime=0) as writer:
+    how = {"maxcount": per_shard, "maxsize": 2**40, "verbose": 0, "mtime": 0}
+    with wds.ShardWriter(pattern, **how, encoder=False) as writer:  # an encoder would compress a .nii.gz again
         for sample in samples:
             try:
                 members = _members(Sample(*sample), encoding)

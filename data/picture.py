@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from selfsight.data.decode import BadSample, Form, Pixels, decode
-from selfsight.data.jpeg import Needs
+from selfsight.data.jpeg import Need, Needs
 
 
 class Picture:
@@ -21,6 +21,8 @@ class Picture:
 
     def __init__(self, bodies: Sequence[bytes], form: Form, step: int = 1, needs: Needs | None = None) -> None:
         self.bodies, self.form, self.step, self.needs = bodies, form, step, needs
+        self.size: tuple[int, int] | None = None
+        """Width and height as stored, where the pixels may be fewer by what was needed."""
         self._frames: dict[int, Pixels] = {}
 
     @classmethod
@@ -33,7 +35,12 @@ class Picture:
     @cached_property
     def whole(self) -> Pixels:
         """The one stored image: (C, H, W), or (C, D, H, W)."""
-        return decode(self.bodies[0], self.form, self.needs)
+        return decode(self.bodies[0], self.form, self._asked if self.needs else None)
+
+    def _asked(self, width: int, height: int) -> Need:
+        assert self.needs is not None
+        self.size = width, height
+        return self.needs(width, height)
 
     @property
     def planes(self) -> int:
@@ -77,7 +84,7 @@ class Picture:
 
     def _frame(self, plane: int) -> Pixels:
         if plane not in self._frames:
-            frame = decode(self.bodies[plane], self.form, self.needs)
+            frame = decode(self.bodies[plane], self.form, self._asked if self.needs else None)
             if frame.ndim != 3:
                 raise BadSample(f"frame {plane} of the clip is itself a stack of {frame.shape[1]} planes")
             self._frames[plane] = frame

@@ -20,7 +20,8 @@ from selfsight.errors import DataError, DataGone
 
 IN_FLIGHT = 16  # requests of one process
 GAP = 2**17  # bytes that are read and thrown away rather than asked for in another request
-MOST = 2**22  # bytes of one request, unless a sample alone has more
+MOST = 2**22  # bytes of one request
+HELD = 2**28  # bytes that are asked for ahead of their use, in each process; more is read when it is needed
 ROUNDS_KEPT = 4  # calls of `ask` after which what nobody came for is dropped
 
 T = TypeVar("T")
@@ -86,9 +87,10 @@ class RemoteReader:
         """
         self._round += 1
         self._coming = {want: kept for want, kept in self._coming.items() if self._round - kept[0] < ROUNDS_KEPT}
-        absent = []
+        absent, held = [], sum(want.size for want in self._coming)
         for want in wants:
-            if want in self._coming:
+            held += want.size
+            if want in self._coming or held > HELD:
                 continue
             if (body := self._cached(want)) is not None:
                 self._keep(want, _done(body))
@@ -159,7 +161,8 @@ class RemoteReader:
             return there if len(there) == len(wants) else self._read(span, wants)
 
     def _read(self, span: Span, wants: Sequence[Want]) -> dict[Want, bytes]:
-        body = self._waited(span.shard, partial(self._range, span))
+        pieces = [Span(span.shard, at, min(at + MOST, span.end)) for at in range(span.start, span.end, MOST)]
+        body = b"".join([self._waited(span.shard, partial(self._range, piece)) for piece in pieces])
         if self.cache:
             self.cache.put(self._key(span.shard), span.start, body)
         whole = {}

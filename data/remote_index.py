@@ -59,8 +59,10 @@ def local_index(store: Store, address: Address, seen: Object) -> Path:
         raise _gone(beside, error) from None
     path = _kept(beside, state)
     if not path.exists():
-        body = _asked(beside, partial(store.read, beside, 0, state.size, state.version))
-        _publish(path, body)
+        pieces = [(at, min(MOST, state.size - at)) for at in range(0, state.size, MOST)]
+        _publish(
+            path, b"".join([_asked(beside, partial(store.read, beside, *piece, state.version)) for piece in pieces])
+        )
     return path
 
 

@@ -78,7 +78,7 @@ class Statistics:
             if kind.channels in {channels, 1 if channels == 3 else channels}
         }
         if not fits or (channels == 1 and any(kind.channels == 3 for kind in self.kinds)):
-            told = ", ".join(map(str, self.kinds))
+            told = ", ".join(map(str, self.kinds)) or "no sample"
             raise UsageError(
                 f"encoder.channels: {channels}; the shards' statistics are of {told}; give data.mean and data.std"
             )

@@ -30,6 +30,7 @@ WEB = ("http", "https")
 CONNECT = 10.0  # seconds for a connection
 SILENCE = 10.0  # seconds without a byte
 TOTAL = 60.0  # seconds for one answer, however it trickles
+LEAST = 1.0  # seconds that an attempt has, also the last one: what it would say of its end hides the cause
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 VERSIONS = ("ETag", "etag", "generation", "blob_id", "content_md5", "LastModified", "last_modified", "mtime")
 
@@ -134,7 +135,7 @@ def remote(part: str) -> bool:
     if scheme in SCHEMES:
         return True
     near = get_close_matches(scheme, SCHEMES, 1, 0.5)
-    hint = f" (did you mean {near[0]}://?)" if near else ""
+    hint = f" (did you mean {near[0]}?)" if near else ""
     raise UsageError(
         f"{Address(part)}: {scheme}: is not read{hint}; shards are local paths or {'://, '.join(SCHEMES)}://"
     )
@@ -167,18 +168,19 @@ def patiently(attempt: Callable[[float], T], patience: float, waiting: Callable[
     end, pause, tries = time.monotonic() + patience, FIRST_PAUSE, 0
     while True:
         try:
-            return attempt(end)
+            return attempt(max(end, time.monotonic() + LEAST))
         except (Refused, Changed):
             raise
         except OSError as error:
             tries += 1
-            wait = max(pause, getattr(error, "after", 0.0))
+            # A thousand workers must not come back at the same moment.
+            wait = max(pause, getattr(error, "after", 0.0)) * (1 + random.random() / 4)
             if time.monotonic() + wait > end or tries >= getattr(error, "tries", 2**31):
                 raise
             if waiting and wait >= 1:
                 waiting(error)
                 waiting = None
-        time.sleep(wait * (1 + random.random() / 4))  # a thousand workers must not come back at the same moment
+        time.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
@@ -235,6 +237,8 @@ class FsspecStore:
         except (PermissionError, IsADirectoryError) as error:
             raise Refused(f"refused: {_one_line(error)}") from None
         except Exception as error:  # noqa: BLE001 - each file system has its own, and those of the libraries below
+            if getattr(error, "errno", None) == errno.EINVAL or getattr(error, "code", None) == 416:
+                raise Changed("has no such range") from None
             if any(word in type(error).__name__ for word in ("Credential", "Auth", "Token", "NotFound")):
                 raise Refused(f"refused: {_one_line(error)}", missing="NotFound" in type(error).__name__) from None
             raise Away(_one_line(error)) from None

@@ -12,7 +12,7 @@ from selfsight import __version__
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import UsageError
-from selfsight.eval.features import Features, extract, labels_of, pixels_of
+from selfsight.eval.features import Features, extract, groups_of, labels_of, pixels_of
 from selfsight.eval.knn import DEFAULT_K, TEMPERATURE, dense_labels, held_out, knn, usable_k
 from selfsight.eval.linear import DECAYS, RATES, SEEDS, linear
 
@@ -85,7 +85,7 @@ def scorable_sets(train: str | Sequence[str], test: str | Sequence[str], k: Sequ
     sets = (Shards(train), Shards(test))
     fit, held = (labels_of(shards, np.arange(len(shards))) for shards in sets)
     dense_labels(fit, held)
-    usable_k(k, len(held_out(len(fit))[0]))
+    usable_k(k, len(held_out(len(fit), groups=groups_of(sets[0], np.arange(len(fit))))[0]))
     return sets
 
 
@@ -105,21 +105,22 @@ def _pools(encoder: Encoder) -> tuple[str, ...]:
 def _score(
     evaluator: str, fit: Features, held: Features, pool: str, k: Sequence[int], probe_seeds: int = SEEDS
 ) -> Score:
+    whole = " of whole groups" if (fit.groups >= 0).any() else ""
     if evaluator == "knn":
-        near = knn(fit.vectors[pool], fit.labels, held.vectors[pool], held.labels, k)
+        near = knn(fit.vectors[pool], fit.labels, held.vectors[pool], held.labels, k, fit.groups)
         values: tuple[float, ...] = (near.accuracy,)
         chosen: dict[str, Any] = {"k": near.k, "pool": pool}
         protocol = (
             f"kNN: cosine, weights exp(s/{TEMPERATURE}), k={near.k} chosen from {near.candidates} on a held-out tenth of "
-            f"train; features: {pool}, fp32; selfsight {__version__}"
+            f"train{whole}; features: {pool}, fp32; selfsight {__version__}"
         )
     else:
-        probe = linear(fit.vectors, fit.labels, held.vectors, held.labels, probe_seeds)
+        probe = linear(fit.vectors, fit.labels, held.vectors, held.labels, probe_seeds, fit.groups)
         values = probe.accuracies
         chosen = {"rate": probe.rate, "decay": probe.decay, "pool": probe.pool}
         protocol = (
             f"linear: {len(RATES)} rates x {len(DECAYS)} decays x {len(fit.vectors)} pools; rate {probe.rate:g}, decay "
-            f"{probe.decay:g}, {probe.pool} chosen on a held-out tenth of train, refitted on all of it; standardised "
+            f"{probe.decay:g}, {probe.pool} chosen on a held-out tenth of train{whole}, refitted on all of it; standardised "
             f"features, fp32; selfsight {__version__}"
         )
     return {"evaluator": evaluator, **_spread(values), "protocol": protocol, "chosen": chosen}

@@ -31,6 +31,8 @@ class Features(NamedTuple):
     """By pool: (N, D) float32 on the CPU."""
     labels: Tensor
     """(N,) int64."""
+    groups: Tensor
+    """(N,) int64: patient, slide or scene, -1 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class CentralCrops(Dataset[Tensor]):
         return loader(self, numbers, workers if len(numbers) > FEW_BATCHES else 0, pin, LONGEST_WAIT)
 
     def __getitem__(self, number: int) -> Tensor:
-        made = []
-        for sample in self.ids[number * self.batch : (number + 1) * self.batch]:
+        made, ids = [], self.ids[number * self.batch : (number + 1) * self.batch]
+        self.shards.prefetch(ids)
+        for sample in ids:
             try:
                 bodies = self.shards.images(int(sample), self.shards.read(int(sample)))
                 pixels = Picture(bodies, self.form, self.step).window(0.5)
@@ -85,6 +88,11 @@ def labels_of(shards: Shards, ids: np.ndarray) -> Tensor:
             f"{shards.spec}: all {len(labels):,} samples have the label {labels[0]}; scores need two classes"
         )
     return torch.from_numpy(labels)
+
+
+def groups_of(shards: Shards, ids: np.ndarray) -> Tensor:
+    """Groups of samples (N,), -1 where there is none."""
+    return torch.from_numpy(shards.groups[ids].astype(np.int64))
 
 
 @torch.inference_mode()
@@ -122,7 +130,7 @@ def extract(
     for pool, values in vectors.items():
         if not values.isfinite().all():
             raise NumericError(f"the encoder gives features that are not finite ({pool}, {shards.spec})")
-    return Features(vectors, labels)
+    return Features(vectors, labels, groups_of(shards, ids))
 
 
 def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) -> Features:
@@ -135,4 +143,4 @@ def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) ->
     pixels = torch.cat(list(crops.read(workers, False)))
     values = unit(pixels.flatten(1), preprocessing.values)
     vectors = torch.cat([values, torch.full((len(pixels), 1), 1e-3)], dim=1)
-    return Features({"pixels": vectors}, labels_of(shards, ids))
+    return Features({"pixels": vectors}, labels_of(shards, ids), groups_of(shards, ids))

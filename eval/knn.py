@@ -25,11 +25,29 @@ class KNNResult(NamedTuple):
     candidates: tuple[int, ...]
 
 
-def held_out(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A split of `size` training samples: (nine tenths to fit, one tenth to choose by), sorted indices."""
-    order = torch.from_numpy(keyed.hashes(seed, "held out", range(size), 1)[:, 0].argsort().copy())
-    tenth = max(1, size // 10)
-    return order[tenth:].sort().values, order[:tenth].sort().values
+def held_out(size: int, seed: int = 0, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A split of `size` training samples: (nine tenths to fit, one tenth to choose by), sorted indices.
+
+    Args:
+        groups: (N,) patient, slide or scene of each sample, -1 for one of its own; whole groups are held out, so that nothing
+            is chosen by how well a patient is recognised. The tenth is then the least number of groups that has as many.
+
+    Raises:
+        UsageError: all samples are of one group.
+    """
+    units = torch.arange(size)
+    if groups is not None and (groups >= 0).any():
+        units = torch.where(groups >= 0, groups, -1 - units).unique(return_inverse=True)[1]
+    count = int(units.max()) + 1 if size else 0
+    if count == 1 and size > 1:
+        raise UsageError(f"all {size:,} samples are of one group (patient, slide, scene): none can be held out")
+    order = torch.from_numpy(keyed.hashes(seed, "held out", range(count), 1)[:, 0].argsort().copy())
+    sizes = units.bincount(minlength=count)[order]
+    before = sizes.cumsum(0) - sizes
+    held = torch.zeros(count, dtype=torch.bool)
+    held[order[(before < max(1, size // 10)) & (torch.arange(count) < count - 1)]] = True
+    chosen = held[units]
+    return torch.nonzero(~chosen)[:, 0], torch.nonzero(chosen)[:, 0]
 
 
 def usable_k(candidates: Sequence[int], bank: int) -> tuple[int, ...]:
@@ -47,13 +65,19 @@ def usable_k(candidates: Sequence[int], bank: int) -> tuple[int, ...]:
 
 
 def knn(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: Sequence[int] = DEFAULT_K
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    k: Sequence[int] = DEFAULT_K,
+    groups: Tensor | None = None,
 ) -> KNNResult:
     """Accuracy on test with the k that is best on a held-out tenth of train (the smaller k of equals).
 
     Args:
         train, test: features (N, D) and (M, D).
         k: candidates; those larger than nine tenths of train are left out.
+        groups: of the training samples, as for `held_out`.
 
     Raises:
         UsageError: no candidate fits the bank, or test has classes that train lacks.
@@ -61,7 +85,7 @@ def knn(
     """
     train_labels, test_labels, _ = dense_labels(train_labels, test_labels)
     train, test = unit(train), unit(test)
-    fit, choose = held_out(len(train))
+    fit, choose = held_out(len(train), groups=groups)
     candidates = usable_k(k, len(fit))
     if len(candidates) > 1:
         votes = predict(train[fit], train_labels[fit], train[choose], candidates)

@@ -37,17 +37,19 @@ def linear(
     test: Mapping[str, Tensor],
     test_labels: Tensor,
     seeds: int = SEEDS,
+    groups: Tensor | None = None,
 ) -> LinearResult:
     """Choose pool, rate and decay on a held-out tenth of train, refit on all of train, score test once a seed.
 
     Args:
         train, test: features by pool, (N, D) and (M, D).
+        groups: of the training samples, as for `held_out`.
 
     Raises:
         UsageError: test has classes that train lacks.
     """
     train_labels, test_labels, classes = dense_labels(train_labels, test_labels)
-    fit, choose = held_out(len(train_labels))
+    fit, choose = held_out(len(train_labels), groups=groups)
     heads = [(rate, decay) for rate in RATES for decay in DECAYS]
     tried: list[tuple[float, float, str, float, float]] = []
     for pool, features in train.items():

@@ -7,7 +7,7 @@ from selfsight.console import say
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import SelfsightError
-from selfsight.eval.features import extract, labels_of
+from selfsight.eval.features import extract, groups_of, labels_of
 from selfsight.eval.health import rankme
 from selfsight.eval.knn import held_out, predict, unit, usable_k
 from selfsight.recipe import EvalConfig
@@ -27,7 +27,7 @@ class OnlineKNN:
         step = max(1, -(-len(chosen) // config.online_samples))
         self.ids: np.ndarray = chosen[::step]
         labels_of(self.shards, self.ids)
-        self.bank, self.queries = held_out(len(self.ids))
+        self.bank, self.queries = held_out(len(self.ids), groups=groups_of(self.shards, self.ids))
         self.k, self.workers = min(usable_k(config.k, len(self.bank))), workers
 
     def score(self, encoder: Encoder, device: torch.device) -> dict[str, float]:

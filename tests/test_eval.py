@@ -111,6 +111,37 @@ def test_a_tenth_is_held_out(size: int, seed: int) -> None:
     assert sorted([*fit.tolist(), *choose.tolist()]) == list(range(size))
 
 
+@given(st.lists(st.integers(-1, 12), min_size=4, max_size=300), st.integers(0, 3))
+def test_whole_groups_are_held_out(groups: list[int], seed: int) -> None:
+    own = torch.tensor(groups)
+    if len(set(groups)) == 1 and groups[0] >= 0:
+        with pytest.raises(UsageError, match=r"all .* samples are of one group"):
+            held_out(len(groups), seed, own)
+        return
+    fit, choose = held_out(len(groups), seed, own)
+    assert sorted([*fit.tolist(), *choose.tolist()]) == list(range(len(groups)))
+    assert not {*own[fit].tolist()} & {*own[choose].tolist()} - {-1}
+    largest = max(groups.count(group) for group in {*groups} - {-1}) if max(groups) >= 0 else 1
+    assert 1 <= len(choose) < len(groups) // 10 + largest + 1
+    assert len(fit) >= 1
+
+
+def test_samples_of_no_group_are_split_as_ever() -> None:
+    for split, same in zip(held_out(70), held_out(70, groups=torch.full((70,), -1)), strict=True):
+        assert torch.equal(split, same)
+
+
+def test_k_is_not_chosen_by_recognising_a_group() -> None:
+    """Twins of one group, a third of them with a wrong label: split by sample, the twin makes k = 1 perfect."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(500, 4, generator=generator)
+    labels = ((centres[:, 0] > 0) ^ (torch.rand(500, generator=generator) < 0.3)).long().repeat_interleave(2)
+    train = centres.repeat_interleave(2, 0) + 0.01 * torch.randn(1000, 4, generator=generator)
+    given_ = train, labels, torch.randn(10, 4, generator=generator), torch.arange(10) % 2, (1, 41)
+    assert knn(*given_).k == 1
+    assert knn(*given_, groups=torch.arange(500).repeat_interleave(2)).k == 41
+
+
 def test_bad_banks_are_refused() -> None:
     (train, labels), (test, test_labels) = blobs(50), blobs(20, seed=1)
     with pytest.raises(UsageError, match=r"k = 200: the bank has only 45 samples; choose k of at most 45"):

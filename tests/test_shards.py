@@ -80,7 +80,7 @@ def test_specs(small_shards: Path, tmp_path: Path) -> None:
     assert find_shards(f"file://{small_shards}/small-000001.tar") == find_shards(f"{small_shards}/small-000001.tar")
     with pytest.raises(
         UsageError,
-        match=r"s4://bucket/x.tar: s4: is not read \(did you mean s3://\?\); shards are local paths or http://",
+        match=r"s4://bucket/x.tar: s4: is not read \(did you mean s3\?\); shards are local paths or http://",
     ):
         find_shards("s4://bucket/x.tar?secret=1")
     with pytest.raises(UsageError, match="pipe: is not read; shards are"):

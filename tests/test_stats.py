@@ -21,7 +21,9 @@ from selfsight.data.packing import Sample, write_shards
 from selfsight.data.shards import Shards
 from selfsight.data.stats import fill_in, read_stats, unit_line
 from selfsight.errors import DataError, UsageError
-from selfsight.recipe import DataConfig
+from selfsight.export import load_encoder
+from selfsight.recipe import DataConfig, load
+from selfsight.train import pretrain
 
 RNG = np.random.default_rng(11)
 
@@ -311,3 +313,24 @@ def test_kinds_in_words() -> None:
     assert str(Kind(1, "uint8")) == "1 channel of uint8"
     assert unit_line("uint8", 8, (0, 4095)) == (1 / 255, 0)
     assert own_pixels(png(np.zeros((2, 3, 3), np.uint8)))[0] == "PNG RGB"
+
+
+def test_a_run_keeps_what_the_statistics_gave(
+    tmp_path: Path, small_fields: dict[str, Any], unchecked_export: None
+) -> None:
+    shards = packed(tmp_path / "s", arrays(16, 5, np.uint16, 0, 60000), per_shard=100)
+    fields = small_fields | {
+        "data.train": str(tmp_path / "s"),
+        "data.depth": 16,
+        "encoder.channels": 5,
+        "train.steps": 2,
+    }
+    with pytest.raises(UsageError, match=r"no default fits 5 channels of 16 bits"):
+        pretrain("digits/mae", fields)
+    found = measured(shards)["stats"]["kinds"][0]
+    pretrain("digits/mae", fields)
+    data = load(Path(small_fields["run_dir"]) / "recipe.yaml").data
+    assert data.mean == pytest.approx([value / 65535 for value in found["mean"]])
+    assert data.std == pytest.approx([value / 65535 for value in found["std"]])
+    made = load_encoder(Path(small_fields["run_dir"]) / "encoder").preprocessing
+    assert (made.channels, made.depth, made.mean) == (5, 16, data.mean)

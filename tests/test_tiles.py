@@ -1,5 +1,6 @@
 """Tiles against slices of the array that was stored, and how folders become groups and clips."""
 
+import gzip
 import json
 import tarfile
 from io import BytesIO
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from test_formats import _peak, tiff
+from test_formats import _peak, dicom, nifti, tiff
 
 from selfsight import cli
 from selfsight.data.build import build
@@ -223,14 +224,15 @@ def test_folders_of_frames_are_clips(tmp_path: Path) -> None:
 
 
 def test_scientific_files_are_stored_as_they_are(tmp_path: Path) -> None:
-    bodies = {"a.tiff": tiff(BANDS), "b.npy": npy(BANDS), "c.tif": tiff(RGB)}
+    bodies = {"a.tiff": tiff(BANDS), "b.npy": npy(BANDS), "c.tif": tiff(RGB), "d.nii.gz": gzip.compress(nifti(RGB))}
+    bodies["e.nii"], bodies["f.dcm"] = nifti(RGB), dicom(BANDS[0])
     for name, body in bodies.items():
         stored(tmp_path, body, name)
     build(str(tmp_path), tmp_path / "out")
     shards = Shards(str(tmp_path / "out"))
-    assert [shards.read(i) for i in range(3)] == list(bodies.values())
+    assert [shards.read(i) for i in range(6)] == list(bodies.values())
     with tarfile.open(shards.paths[0]) as tar:
-        assert tar.getnames() == ["000000000.tif", "000000001.npy", "000000002.tif"]
+        assert [name.partition(".")[2] for name in tar.getnames()] == ["tif", "npy", "tif", "nii.gz", "nii", "dcm"]
     for how in (Encoding(short_side=8), Encoding(format="png")):
         with pytest.raises(UsageError, match=r"for 8-bit images that Pillow reads; the source holds a .tif with more"):
             build(str(tmp_path / "out"), tmp_path / "none", encoding=how)

@@ -215,6 +215,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="an axis that a file does not name is planes, as a run with frames has it",
     )
+    one = _command(actions, "split", _split, "divide shards into training and test shards, each group on one side")
+    one.add_argument("spec", help="paths with {000..009} braces, globs, folders")
+    one.add_argument("train", type=Path, help="a new folder for the training shards")
+    one.add_argument("test_folder", type=Path, metavar="test", help="a new folder for the test shards")
+    one.add_argument("--by", choices=["group"], default="group", help="what is never divided (default: group)")
+    one.add_argument("--test", type=float, default=0.1, metavar="SHARE", help="of the groups, about (default: 0.1)")
+    one.add_argument("--seed", type=int, default=0, help="which groups (default: 0)")
     one = _command(
         actions, "cache", _cache, "store the pixels of small images of one size, so that none is decoded again"
     )
@@ -420,6 +427,15 @@ def _cache(options: argparse.Namespace) -> int:
         made = build_cache(shards, Form(options.channels), bar)
     bad = f", {len(made.bad):,} of them bad" if made.bad else ""
     print(f"{made.path}: {len(made):,} samples of {made.shape}{bad}, {made.path.stat().st_size / 2**20:,.1f} MiB")
+    return 0
+
+
+def _split(options: argparse.Namespace) -> int:
+    from selfsight.data.split import split
+
+    halves = split(options.spec, options.train, options.test_folder, options.test, options.seed)
+    for folder, half in zip((options.train, options.test_folder), halves, strict=True):
+        print(f"{folder}: {half.samples:,} samples of {half.groups:,} groups")
     return 0
 
 

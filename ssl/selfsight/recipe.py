@@ -43,9 +43,10 @@ class DataConfig(Section):
     """In place of data.train several sets, `[{train: A, weight: 2}, {train: B}]`: an epoch has as many images as all have
     together, of each set in proportion to its weight."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
+    """Mean of each channel, of pixels in 0..1; null: at 8 bits ImageNet's for three channels and 0.5 for one, otherwise the
+    shards' own (shards check --stats)."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each channel, of pixels in 0..1; null: ImageNet's for three channels, 0.5 otherwise."""
+    """Standard deviation of each channel, of pixels in 0..1; null: as data.mean."""
     block: int = Field(1, ge=1, le=65536)
     """Neighbours in the shards that stay near each other in the order, to be read together over a network; 1: full shuffling."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -55,7 +56,8 @@ class DataConfig(Section):
     depth: Literal[8, 16, 32] = 8
     """Bits in which pixels are kept until they are normalised: 8, 16, or 32 for floating point."""
     range: tuple[float, float] | None = None
-    """Stored values that become 0 and 1 before mean and std, such as -1000, 2000 of a CT; null: all of the depth (32 needs one)."""
+    """Stored values that become 0 and 1 before mean and std, such as -1000, 2000 of a CT; null: all of the depth, and at 32
+    the 0.1 and 99.9 percentiles of the shards' own (shards check --stats)."""
     frame_step: int = Field(1, ge=1, le=1024)
     """Of clips and volumes, planes from one plane of the input to the next."""
     repeat: int = Field(1, ge=1, le=64)

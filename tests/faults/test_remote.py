@@ -158,7 +158,7 @@ def test_addresses_that_cannot_be(server: Server, capsys: pytest.CaptureFixture[
             "https://h/x-*.tar: a web server lists nothing; name the shards with braces",
         ),
         ("https://h/folder/", "https://h/folder/*.tar: a web server lists nothing"),
-        ("htps://h/x.tar?k=hunter2", "htps://h/x.tar: htps: is not read (did you mean https://?)"),
+        ("htps://h/x.tar?k=hunter2", "htps://h/x.tar: htps: is not read (did you mean https?)"),
         ("pipe:curl https://h/x.tar?k=hunter2", "pipe: is not read"),
     ):
         assert cli.main(["shards", "check", spec]) == 2

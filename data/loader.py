@@ -363,21 +363,20 @@ class Placer:
         return Batch(tuple(made), host.positions, self.seed, host.keys, progress)
 
 
-def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
+def unit(pixels: Tensor, range: tuple[float, float] = (0.0, 255.0), out: Tensor | None = None) -> Tensor:
     """Stored values to float32, `range` to 0..1."""
     low, high = range
-    made = torch.empty(pixels.shape, device=pixels.device).copy_(pixels)  # with the axes in this order in memory
+    made = torch.empty(pixels.shape, device=pixels.device) if out is None else out  # in this order of axes
+    made.copy_(pixels)
     return (made.sub_(low) if low else made).div_(high - low)
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor, range: tuple[float, float] = (0.0, 255.0)) -> Tensor:
-    """Stored values (B, C, H, W) or (B, C, D, H, W) to float32: (unit(pixels) - mean) / std, within rounding."""
-    low, high = range
-    factor = 1 / ((high - low) * std)
+    """Stored values (B, C, H, W) or (B, C, D, H, W) to float32: (unit(pixels) - mean) / std."""
     made = torch.empty(pixels.shape, device=pixels.device)
     # On a CPU in parts that stay in a core's own memory between the operations: three times faster.
     parts = 1 if made.is_cuda else max(1, min(len(made), made.nbytes // PART_BYTES))
-    tensors = pixels, made, factor.expand_as(made), (mean / std + low * factor).expand_as(made)
-    for stored, out, slope, offset in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
-        out.copy_(stored).mul_(slope).sub_(offset)
+    tensors = pixels, made, mean.expand_as(made), std.expand_as(made)
+    for stored, out, mean_of, std_of in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
+        unit(stored, range, out).sub_(mean_of).div_(std_of)
     return made

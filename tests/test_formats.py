@@ -20,8 +20,11 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from selfsight.data import formats
+from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import BadSample, Form, decode
 from selfsight.data.formats import over_white, read_array, shape_text, to_depth, upright
+from selfsight.data.picture import Picture
+from selfsight.data.views import View
 from selfsight.errors import UsageError
 
 RNG = np.random.default_rng(5)
@@ -456,6 +459,28 @@ def test_decoding_gives_what_the_encoder_takes() -> None:
     ):
         with pytest.raises(BadSample, match=reason):
             decode(body, form)
+
+
+@pytest.mark.parametrize(
+    ("body", "form"),
+    [
+        (npy(BANDS), Form(13, 16)),
+        (npy(BANDS.astype(">u2")), Form(13, 16)),
+        (npy(np.asfortranarray(BANDS)), Form(13, 16)),
+        (npy(BANDS[0]), Form(3, 16)),
+        (npy(STACK[None].astype(np.uint8)), Form(1, frames=2)),
+        (tiff(BANDS[0], extratags=[(274, 3, 1, 6, True)]), Form(1, 32, (0, 1e4))),
+        (dicom(BANDS[0], "MONOCHROME1"), Form(1, 16)),
+        (nifti(STACK.astype(np.int16)), Form(1, 32, (0, 1), frames=3)),
+    ],
+)
+def test_views_are_made_of_whatever_strides_come(body: bytes, form: Form) -> None:
+    """Arrays that cannot be written to, of other byte orders, reversed, repeated."""
+    maker = ViewMaker(View(crop_scale=(0.3, 1.0)), 0, 16, "bicubic", 0)
+    for row in maker.draws(np.arange(4)):
+        view = maker(Picture([body], form).window(0.3), row)
+        assert view.shape == ((form.channels, 16, 16) if form.frames == 1 else (form.channels, form.frames, 16, 16))
+        assert view.dtype == {8: np.uint8, 16: np.uint16, 32: np.float32}[form.depth]
 
 
 def test_arrays_in_words() -> None:

@@ -1,6 +1,11 @@
 """Volumes against torch's own 3D convolution, slow loops, and the encoder of plain images that they come from.
 
-MUTATIONS
+Mutations that these tests caught when they were tried: patches with planes, tubes or channels in another order, planes of
+the depth's table tiled, added place by place, left out, trained when fixed and fixed when learned, sines and cosines
+exchanged, other frequencies, a lone plane with a depth, decayed or not slowed as the stem is, volumes of another shape or with
+rotary positions let through, masks tiled the other way, other places hidden in other planes, tubes where single patches were
+asked for, turned out of their planes, pixels counted of one plane, of the first planes or of the next, a stem that is
+not divided by its planes, planes in place of channels, a table cut or stepped instead of stretched, clips not looked for.
 """
 
 from io import BytesIO

@@ -91,10 +91,10 @@ def decode(body: bytes, form: Form, needs: Needs | None = None) -> Pixels:
         BadSample: bytes that are not one whole image of a kind in the table above, or of other channels.
         UsageError: a scientific file whose library is not installed.
     """
-    from selfsight.data.formats import fit, read_array
-
     pixels = decode_jpeg(body, form.channels, MAX_PIXELS, needs)
     if pixels is None:
+        from selfsight.data.formats import fit, read_array
+
         own = read_array(body, volumes=form.frames > 1)
         if own is not None:
             return fit(own, form)

@@ -22,6 +22,7 @@ BLOCK = 8  # rows of a block of coefficients
 REDUCTIONS = (8, 4, 2)  # by which blocks can be decoded smaller
 WORTH = 0.9  # of the rows: more are decoded with the rest, sooner than it is made sure that they may be cut off
 BUFFER = 3 * 2**22  # bytes that are kept between images: 4 million pixels
+_MARKER = re.compile(rb"\xff[\x01-\xff]")
 ORIENTATION, UPRIGHT = 0x0112, 1
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')  # as Pillow looks for it
 
@@ -70,8 +71,9 @@ def decode_jpeg(body: bytes, channels: int, most: int, needs: Needs | None = Non
     rows = -(-(need.rows + 1) // block_rows) * block_rows  # one more: colours are smoothed between rows
     if rows > WORTH * header.height or not _is_whole(body, header.scan):
         return _decode(body, channels, header)
-    at = header.frame + 5
-    return _decode(body[:at] + rows.to_bytes(2, "big") + body[at + 2 :], channels, header, strict=False)
+    fewer = bytearray(body)
+    fewer[header.frame + 5 : header.frame + 7] = rows.to_bytes(2, "big")
+    return _decode(fewer, channels, header, strict=False)
 
 
 def reduction(crop: int, view: int) -> int:
@@ -116,9 +118,8 @@ def _header(body: bytes, frame: int, scan: int, upright: bool) -> Header | None:
 
 def _is_whole(body: bytes, scan: int) -> bool:
     """Whether nothing but the end interrupts the scan: what lies below the cut must not hide damage that Pillow would see."""
-    coded = np.frombuffer(body, np.uint8, offset=scan)
-    markers = (coded[:-1] == 0xFF) & (coded[1:] != 0)
-    return scan > 0 and body.endswith(END) and np.count_nonzero(markers) == 1
+    marker = _MARKER.search(body, scan) if scan else None
+    return marker is not None and marker.start() == len(body) - 2 and body.endswith(END)
 
 
 def _is_upright(segment: bytes) -> bool:
@@ -147,7 +148,7 @@ def _block_rows(body: bytes, header: Header) -> int:
 
 
 def _decode(
-    body: bytes, channels: int, header: Header, reduced: int = 1, strict: bool = True
+    body: bytes | bytearray, channels: int, header: Header, reduced: int = 1, strict: bool = True
 ) -> NDArray[np.uint8] | None:
     """Pixels; a file with fewer rows than `header` says fills the upper ones."""
     height, width = (-(-side // reduced) for side in (header.height, header.width))

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from selfsight import keyed
 from selfsight.data.colour import DRAWS, change_colour
 from selfsight.data.crops import Drawn, ViewMaker, needed
-from selfsight.data.decode import BadSample, Form, Pixels
+from selfsight.data.decode import DTYPES, BadSample, Form, Pixels
 from selfsight.data.device_jpeg import Encoded, fill, size_of
 from selfsight.data.jpeg import Needs
 from selfsight.data.mixture import Mixture, Samples
@@ -145,7 +145,7 @@ class Batches(Dataset[HostBatch]):
             of_all = tuple(maker.of_batch(pixels, maker.draws(keys)) for maker in self.makers)
             return _batch(of_all, positions, keys, ids, bad)
         drawn = Drawn.of(self.makers, keys)
-        made: list[list[Pixels]] = []
+        views = [self._empty(maker.size, len(ids)) for maker in self.makers]
         encoded: list[Encoded] = []
         pictures: dict[int, Picture] = {}  # of the positions that show one sample
         for slot, (position, key, sample) in enumerate(
@@ -153,10 +153,17 @@ class Batches(Dataset[HostBatch]):
         ):
             if position % self.repeat == 0:
                 pictures.clear()
-            views, ids[slot] = self._sample(slot, position, key, sample, drawn, pictures, bad, encoded)
-            made.append(views)
-        views_of_all = tuple(torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
-        return _batch(views_of_all, positions, keys, ids, bad, encoded)
+            made, ids[slot] = self._sample(slot, position, key, sample, drawn, pictures, bad, encoded)
+            for view, one in zip(views, made, strict=True):
+                view[slot] = one  # now, while they are in the core's own memory
+        return _batch(tuple(map(torch.from_numpy, views)), positions, keys, ids, bad, encoded)
+
+    def _empty(self, size: int, count: int) -> Pixels:
+        """Room for views; colours of bytes lie side by side, as decoders and `resize` give them."""
+        channels, depth, _, frames = self.form
+        if (channels, depth, frames) == (3, 8, 1):
+            return np.empty((count, size, size, channels), np.uint8).transpose(0, 3, 1, 2)
+        return np.empty((count, channels, *[frames] * (frames > 1), size, size), DTYPES[depth])
 
     def _replace_bad(self, positions: Ids, ids: Ids, keys: Ids, bad: list[Bad]) -> None:
         """As `_sample`, where it is known beforehand which samples are bad."""

@@ -115,11 +115,10 @@ def find_cache(samples: Samples, form: Form) -> PixelCache | None:
     if form != Form(form.channels) or not (path := cache_path(samples, form)).exists():
         return None
     try:
-        cache = PixelCache(path)
+        return PixelCache(path)
     except DataError as error:
         say(f"{error}; images are decoded instead (make it anew with: selfsight shards cache)")
         return None
-    return cache if len(cache) == len(samples) else None
 
 
 def build_cache(samples: Samples, form: Form, advance: Callable[[], None] = lambda: None) -> PixelCache:

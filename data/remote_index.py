@@ -17,7 +17,7 @@ from selfsight.data.remote import IN_FLIGHT, MOST, key_of
 from selfsight.data.store import Address, Changed, Object, Refused, Store, open_store, patiently
 from selfsight.errors import DataError, DataGone, StorageError
 
-PATIENCE = 30.0  # seconds, at the start of a run
+PATIENCE = 5.0  # seconds, at the start of a run, where a person waits and an address may be misspelt
 
 T = TypeVar("T")
 

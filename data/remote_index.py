@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from selfsight.console import say
 from selfsight.data.crew import Crew
+from selfsight.data.disk_cache import disk_cache
 from selfsight.data.index import Records, cache_folder, read_records, walk, write_index
 from selfsight.data.remote import IN_FLIGHT, MOST, key_of
 from selfsight.data.store import Address, Changed, Object, Refused, Store, open_store, patiently
@@ -29,6 +30,7 @@ def looked_at(addresses: Sequence[Address]) -> list[tuple[Object, Path]]:
         DataError: shards that are missing (all of them are listed) or refused, or that hold no samples.
         DataGone: a store that cannot be reached.
     """
+    disk_cache()  # a size that is no number is better known now than by a worker
     crew, stores = Crew(IN_FLIGHT), {scheme: open_store(scheme) for scheme in {one.scheme for one in addresses}}
     try:
         looks = [crew.submit(partial(_look, stores[one.scheme], one)) for one in addresses]

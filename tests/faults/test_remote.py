@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from selfsight import checkpoint, cli
 from selfsight.data.build import write_shards
 from selfsight.data.check import check
 from selfsight.data.decode import BadSample
-from selfsight.data.http_store import HttpStore
+from selfsight.data.http_store import HttpStore, _retry_after
 from selfsight.data.index import cache_folder, read_index
 from selfsight.data.shards import ShardChanged, Shards
-from selfsight.data.store import SCHEMES, Address
+from selfsight.data.store import SCHEMES, Address, Away, Changed
 from selfsight.errors import DataError, DataGone, UsageError
 
 Start = Callable[..., Job]
@@ -79,6 +80,7 @@ def test_shards_on_a_server_are_the_local_ones(far: Shards, server: Server, smal
     assert again.read(50) == far.read(50) == near.read(50)
     assert again.neighbour(50, 2) == near.neighbour(50, 2)
     assert all(headers["Accept-Encoding"] == "identity" for _, headers in server.requests)
+    assert server.requests[-1][1]["If-Match"].startswith('"small-00000')
     again.close()
 
 
@@ -267,6 +269,27 @@ def test_redirects_are_followed_within_the_web(far: Shards, server: Server) -> N
     faults(server, always=Fault("redirect", f"/{NAMES[0]}"))
     with pytest.raises(DataGone, match="more than 5 redirects"):
         far.read(0)
+
+
+@pytest.mark.parametrize("fault", [Fault("short", 10), Fault("lying-length", 10), Fault("ignore-range"), Fault("gzip")])
+def test_the_client_gives_what_was_asked_for_or_nothing(fault: Fault, server: Server) -> None:
+    """Whatever checksums there are besides: an index that is fetched has none until it is whole."""
+    address, store, end = Address(f"{server.address}/{NAMES[0]}"), HttpStore(), time.monotonic() + 10
+    faults(server, fault)
+    with pytest.raises(Away):
+        store.read(address, 100, 400, "", end)
+    assert store.read(address, 100, 400, "", end) == server.plans[f"/{NAMES[0]}"].body[100:500]
+    with pytest.raises(Changed):  # a weak ETag cannot be asked for, so that the answer's is compared
+        store.read(address, 100, 400, 'W/"other"', end)
+    with pytest.raises(Changed):
+        store.read(address, 10**9, 400, "", end)
+    store.close()
+
+
+def test_the_time_that_a_server_asks_for_is_a_number_or_a_date() -> None:
+    assert [_retry_after(text) for text in ("7", "", "soon")] == [7.0, 0.0, 0.0]
+    assert 3500 < _retry_after(formatdate(time.time() + 3600, usegmt=True)) <= 3600
+    assert _retry_after(formatdate(time.time() - 3600, usegmt=True)) == 0
 
 
 # -- faults that last

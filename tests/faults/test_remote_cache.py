@@ -180,6 +180,8 @@ def test_the_size_is_a_number(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SELFSIGHT_CACHE_GB", text)
     with pytest.raises(UsageError, match=f"SELFSIGHT_CACHE_GB: '{text}' is no number of gigabytes"):
         disk_cache()
+    with pytest.raises(UsageError, match="no number of gigabytes"):
+        Shards("http://127.0.0.1:9/x.tar")  # before anything is asked for
 
 
 # -- with shards

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -15,10 +16,11 @@ from selfsight.data.crew import Crew
 from selfsight.data.disk_cache import disk_cache
 from selfsight.data.index import Records, cache_folder, read_records, walk, write_index
 from selfsight.data.remote import IN_FLIGHT, MOST, key_of
-from selfsight.data.store import Address, Changed, Object, Refused, Store, open_store, patiently
+from selfsight.data.store import Address, Changed, Object, Refused, Store, Unfit, open_store, patiently
 from selfsight.errors import DataError, DataGone, StorageError
 
 PATIENCE = 30.0  # seconds, at the start of a run
+_WALKING = threading.Semaphore(2)  # each has a copy of a shard on the disk
 
 T = TypeVar("T")
 
@@ -107,6 +109,8 @@ def _look(store: Store, address: Address) -> Object | None:
         if error.missing:
             return None
         raise DataError(f"{address}: cannot be read ({error.strerror}); are address and credentials right?") from None
+    except Unfit as error:
+        raise DataError(f"{address}: {error.strerror}") from None
     except OSError as error:
         raise _gone(address, error) from None
 
@@ -114,7 +118,7 @@ def _look(store: Store, address: Address) -> Object | None:
 def _made(store: Store, address: Address, seen: Object) -> Path:
     path = _kept(address, seen)
     if not path.exists():
-        with _alone(path):
+        with _WALKING, _alone(path):
             if not path.exists():  # nor has another process made it meanwhile
                 say(f"{address}: no index beside it; reading it once ({seen.size / 1e6:,.1f} MB)")
                 records, _ = _walked(store, address, seen, "error")

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_remote import NAMES, asked, faults, plans
+from test_shards_faults import batches
 from webfault import Fault, Server
 
 from selfsight.data import disk_cache as module
@@ -260,6 +262,22 @@ def test_a_worker_asks_for_its_next_batch_and_the_next_window() -> None:
     step, window = 2, WINDOW * 2 // 8
     first = 8 * step + 4 + 2
     assert rounds == [([first, first + 1], True), ([8 * (step + 1) + 2, 8 * (step + 1) + 3], True), ([first + 8 * window, first + 8 * window + 1], False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1, 7])
+@pytest.mark.parametrize("gigabytes", ["0", "1"])
+def test_batches_are_those_of_local_files(
+    block: int, gigabytes: str, server: Server, small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFSIGHT_CACHE_GB", gigabytes)
+    near, far = Shards(str(small_shards), block), opened(server, block)
+    both = [batches(shards, 24) for shards in (near, far)]
+    for number in (0, 1, 4, 5, 2):  # also where an epoch ends, and back
+        expected, found = (own[number] for own in both)
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert all(torch.equal(a, b) for a, b in zip(found.views, expected.views, strict=True))
+        assert found.bad == expected.bad == []
+    far.close()
 
 
 def test_the_plan_of_requests() -> None:

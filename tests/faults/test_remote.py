@@ -326,7 +326,7 @@ def test_a_server_without_ranges_is_never_read_whole(far: Shards, server: Server
     with pytest.raises(DataGone, match="the server gives no ranges of an object; copy the shards to a disk"):
         far.read(0)
     assert server.attempts[f"/{NAMES[0]}"] == 3
-    with pytest.raises(DataError, match="small-000000.tar: the server gives no ranges"):
+    with pytest.raises(DataError, match=r"small-000000.tar: the server gives no ranges"):
         Shards(f"{server.address}/{NAMES[0]}")
 
 

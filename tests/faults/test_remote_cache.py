@@ -292,6 +292,8 @@ def test_the_plan_of_requests() -> None:
     spans = plan(wants, gap=5, most=20)
     assert [span for span, _ in spans] == [Span(0, 0, 15), Span(0, 15, 25), Span(0, 100, 110), Span(1, 110, 120)]
     assert sorted(want for _, those in spans for want in those) == sorted(set(wants))
+    apart = [Want(0, 0, 10, 0), Want(0, 15, 10, 0), Want(0, 31, 10, 0)]
+    assert [span for span, _ in plan(apart, gap=5, most=1000)] == [Span(0, 0, 25), Span(0, 31, 41)]
     assert plan([Want(0, 0, 3 * MOST, 0)])[0][0] == Span(0, 0, 3 * MOST)  # a sample is one, however large
 
 

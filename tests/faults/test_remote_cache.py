@@ -87,7 +87,7 @@ def test_a_file_that_is_deleted_is_made_anew(cache: DiskCache, monkeypatch: pyte
 
 def test_the_cap_keeps_what_is_in_use_and_deletes_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "COUNT_EVERY", 40_000)
-    cache = DiskCache(tmp_path, 100_000)
+    cache = DiskCache(tmp_path, 133_334)
     for n in range(9):
         cache.put(f"{n}", 0, BODY)
     cache.close()
@@ -97,18 +97,43 @@ def test_the_cap_keeps_what_is_in_use_and_deletes_the_oldest(tmp_path: Path, mon
     cache.close()
     for n, age in (("0", 9000), ("1", 8000), ("2", 4000)):
         os.utime(tmp_path / n, (time.time() - age,) * 2)
-    later = DiskCache(tmp_path, 100_000)
+    later = DiskCache(tmp_path, 133_334)
     later.put("new", 0, BODY)
     assert get(later, "new", 0, 100) is not None
     assert not (tmp_path / "0").exists()
     assert (tmp_path / "7").exists()
     later.close()
-    full = DiskCache(tmp_path, 10_000)
+    full = DiskCache(tmp_path, 13_000)
     for n in ("3", "4"):
         os.utime(tmp_path / n)
     full.put("none", 0, BODY)
     assert get(full, "none", 0, 100) is None
     full.close()
+
+
+def test_blocks_for_which_there_is_no_room_pass_through(
+    server: Server, small_shards: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker finds them for a while; then the oldest go."""
+    monkeypatch.setenv("SELFSIGHT_CACHE_GB", "0.0001")
+    monkeypatch.setattr(DiskCache, "_fits", lambda *_: False)
+    near, first, second = Shards(str(small_shards)), opened(server, block=5), opened(server, block=5)
+    first.prefetch([3, 11])
+    assert [first.read(i) for i in (3, 11)] == [near.read(i) for i in (3, 11)]
+    before = len(asked(server, f"/{NAMES[0]}"))
+    second.prefetch([0, 2, 14])
+    assert [second.read(i) for i in (0, 2, 14)] == [near.read(i) for i in (0, 2, 14)]
+    assert len(asked(server, f"/{NAMES[0]}")) == before
+    for file in (folder / "passing").iterdir():
+        file.write_bytes(bytes(file.stat().st_size))
+    second.prefetch([4])
+    assert second.read(4) == near.read(4)
+    for sample in range(0, 50, 5):
+        second.prefetch([sample])
+        assert second.read(sample) == near.read(sample)
+    assert 0 < sum(file.stat().st_size for file in (folder / "passing").iterdir()) <= 25_000
+    first.close()
+    second.close()
 
 
 def test_room_for_other_things_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ SEQUENTIAL, PROGRESSIVE = (0xC0, 0xC1), 0xC2
 START_OF_SCAN, EXIF, END = 0xDA, 0xE1, b"\xff\xd9"
 BLOCK = 8  # rows of a block of coefficients
 REDUCTIONS = (8, 4, 2)  # by which blocks can be decoded smaller
+WORTH = 0.9  # of the rows: more are decoded with the rest, sooner than it is made sure that they may be cut off
 BUFFER = 3 * 2**22  # bytes that are kept between images: 4 million pixels
 ORIENTATION, UPRIGHT = 0x0112, 1
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')  # as Pillow looks for it
@@ -47,8 +48,8 @@ class Header(NamedTuple):
     """Where the frame's header lies, bytes."""
     upright: bool
     """No EXIF or XMP orientation but "as it is"."""
-    cuttable: bool
-    """One scan of rows in order, and an end where it belongs."""
+    scan: int
+    """Where the only scan begins, of rows in order; 0 where there are several."""
 
 
 def decode_jpeg(body: bytes, channels: int, most: int, needs: Needs | None = None) -> NDArray[np.uint8] | None:
@@ -67,7 +68,7 @@ def decode_jpeg(body: bytes, channels: int, most: int, needs: Needs | None = Non
         return _decode(body, channels, header, need.reduction)
     block_rows = _block_rows(body, header)
     rows = -(-(need.rows + 1) // block_rows) * block_rows  # one more: colours are smoothed between rows
-    if not header.cuttable or rows >= header.height:
+    if rows > WORTH * header.height or not _is_whole(body, header.scan):
         return _decode(body, channels, header)
     at = header.frame + 5
     return _decode(body[:at] + rows.to_bytes(2, "big") + body[at + 2 :], channels, header, strict=False)
@@ -109,8 +110,15 @@ def _header(body: bytes, frame: int, scan: int, upright: bool) -> Header | None:
     height, width = (int.from_bytes(body[frame + at : frame + at + 2], "big") for at in (5, 7))
     if bits != 8 or not height or not width or components not in {1, 3}:
         return None
-    whole = body[frame + 1] in SEQUENTIAL and body[scan + 4] == components and body.endswith(END)
-    return Header(width, height, components, frame, upright, whole)
+    only = body[frame + 1] in SEQUENTIAL and body[scan + 4] == components
+    return Header(width, height, components, frame, upright, scan + 2 if only else 0)
+
+
+def _is_whole(body: bytes, scan: int) -> bool:
+    """Whether nothing but the end interrupts the scan: what lies below the cut must not hide damage that Pillow would see."""
+    coded = np.frombuffer(body, np.uint8, offset=scan)
+    markers = (coded[:-1] == 0xFF) & (coded[1:] != 0)
+    return scan > 0 and body.endswith(END) and np.count_nonzero(markers) == 1
 
 
 def _is_upright(segment: bytes) -> bool:

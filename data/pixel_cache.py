@@ -27,8 +27,8 @@ from selfsight.errors import DataError, StorageError, UsageError
 MAGIC, VERSION = b"SSPIXELS", 1  # a new version, too, where `decode` gives other pixels
 LARGEST_SIDE = 64
 MOST_BYTES = 2**31
+AHEAD = 256  # remote samples that are asked for at once
 AT_ONCE = 2**24  # bytes that are checked in one go
-AHEAD = 256  # samples of remote shards that are asked for together
 HEADER = np.dtype(
     [
         ("magic", "S8"),
@@ -150,8 +150,8 @@ def _write(draft: Path, samples: Samples, form: Form, advance: Callable[[], None
         file.write(bytes(HEADER.itemsize))
         crc = 0
         for sample in range(len(samples)):
-            if sample % AHEAD == 0:
-                samples.prefetch(range(sample, min(sample + 2 * AHEAD, len(samples))))
+            if samples.remote and sample % AHEAD == 0:
+                samples.prefetch(range(sample, min(sample + AHEAD, len(samples))))
             pixels = _decoded(samples, sample, form, bad)
             if pixels is not None and pixels.shape != shape:
                 raise UsageError(

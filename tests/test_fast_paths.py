@@ -122,7 +122,9 @@ def test_rows_that_nobody_needs_are_not_decoded(monkeypatch: pytest.MonkeyPatch)
     fast(encoded(scene(400, 40), subsampling=0), 3, Need(100))
     fast(encoded(scene(400, 40), progressive=True), 3, Need(100))  # each of its scans goes over the whole image
     fast(encoded(scene(400, 40)) + b"\0", 3, Need(100))  # an end that may be a cut
-    assert seen == [112, 104, 400, 400]
+    fast(encoded(scene(400, 40), restart_marker_rows=2), 3, Need(100))  # markers that may be damage
+    fast(encoded(scene(400, 40)), 3, Need(395))  # not worth it
+    assert seen == [112, 104, 400, 400, 400, 400]
 
 
 def oriented(body: bytes, value: int) -> bytes:

@@ -23,13 +23,14 @@ from selfsight.data.picture import Picture
 from selfsight.data.pixel_cache import find_cache
 from selfsight.data.shards import Shards
 from selfsight.data.stats import fill_in
-from selfsight.encoder import Encoder, Preprocessing, build_encoder, preprocessing_of
+from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
 from selfsight.optim import build_optimizer
 from selfsight.past import Past
+from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, MixPart, Recipe, merge, validate
 from selfsight.run_folder import differences
 from selfsight.weights import load_weights

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfsight.encoder import Preprocessing
 from selfsight.objectives.base import exact
+from selfsight.preprocessing import Preprocessing
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian window
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, from fine to coarse

@@ -61,11 +61,9 @@ class HttpStore:
                 raise Changed(f"HTTP {answer.status}, {'another ETag' if answer.status < 400 else answer.reason}")
             span = re.match(r"bytes (\d+)-(\d+)/", answer.getheader("Content-Range", ""))
             if answer.status == 206 and span and (int(span[1]), int(span[2])) != (offset, offset + size - 1):
-                raise Away(f"the server gave the range {span[0]}, asked for {offset}-{offset + size - 1}")
+                raise Changed(f"gave the range {span[0]}, asked for {offset}-{offset + size - 1}")
             length = answer.getheader("Content-Length", "")
-            if answer.status == 200 and not (
-                offset == 0 and length == str(size)
-            ):  # not read: it may be the whole shard
+            if answer.status == 200 and (offset, length) != (0, str(size)):  # not read: it may be the whole shard
                 raise Unfit(NO_RANGES)
             return _body(answer, size, end)
 

@@ -364,6 +364,20 @@ def test_another_object_under_the_name_ends_the_run(far: Shards, server: Server)
     assert far.read(60)
 
 
+def test_an_object_that_is_cut_is_another_also_without_an_etag(server: Server) -> None:
+    for plan in server.plans.values():
+        plan.etag = ""
+    far = Shards(f"{server.address}/{NAMES[0]}")
+    far.patience = 5
+    assert far.read(49)
+    plan = server.plans[f"/{NAMES[0]}"]
+    plan.body = plan.body[: int(far._locate(49)[1]["offset"]) + 20]
+    for sample in (49, 49):
+        with pytest.raises(ShardChanged):
+            far.read(sample)
+    far.close()
+
+
 def test_wrong_bytes_are_one_bad_sample(far: Shards, server: Server) -> None:
     """A store that gives wrong bytes under the right name: the sample is bad, and no other."""
     faults(server, always=Fault("wrong-bytes"))

@@ -250,6 +250,10 @@ def test_a_block_is_one_request_for_all_who_need_it(server: Server, small_shards
     second.prefetch([55, 49])
     assert [second.read(i) for i in (55, 49, 50)] == [near.read(i) for i in (55, 49, 50)]
     assert not second._far._coming
+    second.prefetch([70])
+    for sample in (80, 90, 100, 110):  # nobody comes for the first one
+        second.prefetch([sample])
+    assert len(second._far._coming) == 4
     first.close()
     second.close()
 

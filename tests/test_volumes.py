@@ -1,6 +1,11 @@
 """Volumes against torch's own 3D convolution, slow loops, and the encoder of plain images that they come from.
 
-MUTATIONS
+Mutations that these tests caught when they were tried: patches with planes, tubes or channels in another order, planes of
+the depth's table tiled, added place by place, left out, trained when fixed and fixed when learned, sines and cosines
+exchanged, other frequencies, a lone plane with a depth, decayed or not slowed as the stem is, volumes of another shape or with
+rotary positions let through, masks tiled the other way, other places hidden in other planes, tubes where single patches were
+asked for, turned out of their planes, pixels counted of one plane, of the first planes or of the next, a stem that is
+not divided by its planes, planes in place of channels, a table cut or stepped instead of stretched, clips not looked for.
 """
 
 from io import BytesIO
@@ -102,12 +107,7 @@ def test_positions_are_the_planes_and_the_depths() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [
-        {},
-        {"positions": "learned", "registers": 2},
-        {"name": "vit_base_patch16_clip_224"},
-        {"name": "eva02_enormous_patch14_clip_224"},
-    ],
+    [{}, {"positions": "learned", "registers": 2}, {"name": "vit_base_patch16_clip_224"}],
 )
 @torch.inference_mode()
 def test_tokens_are_those_of_a_loop_over_planes(fields: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def test_planes_of_another_size_have_resampled_positions() -> None:
     [
         (TINY | {"frames": 5, "tube": 2}, "frames 5 is not a multiple of tube 2"),
         (TINY | {"tube": 2}, "frames 1 is not a multiple of tube 2"),
-        ({"name": "swin_tiny_patch4_window7_224", "pool": "head", "frames": 2}, "encoder.frames: swin.* plain images only"),
+        ({"name": "convnext_atto", "pool": "head", "frames": 2}, "encoder.frames: convnext_atto takes plain images only"),
         ({"name": "vit_small_patch16_dinov3", "depth": 1, "frames": 2}, "encoder.frames: vit_small_patch16_dinov3 takes"),
     ],
 )  # fmt: skip

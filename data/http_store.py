@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from functools import cache
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -34,7 +35,6 @@ class HttpStore:
     def __init__(self) -> None:
         self._idle: defaultdict[tuple[str, str], list[http.client.HTTPConnection]] = defaultdict(list)
         self._lock = threading.Lock()
-        self._secure = ssl.create_default_context()
         self._most = IDLE_MOST
 
     def look(self, address: Address, end: float) -> Object:
@@ -116,10 +116,10 @@ class HttpStore:
         proxy = None if proxy_bypass(host) else getproxies().get(url.scheme)
         if proxy:
             through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-            line = _connection(url.scheme, through.hostname or "", through.port, self._secure)
+            line = _connection(url.scheme, through.hostname or "", through.port)
             line.set_tunnel(host, port or (443 if url.scheme == "https" else 80))
             return line
-        return _connection(url.scheme, host, port, self._secure)
+        return _connection(url.scheme, host, port)
 
     def _back(self, line: http.client.HTTPConnection, url: SplitResult, whole: bool) -> None:
         with self._lock:
@@ -130,9 +130,14 @@ class HttpStore:
         line.close()
 
 
-def _connection(scheme: str, host: str, port: int | None, secure: ssl.SSLContext) -> http.client.HTTPConnection:
+@cache
+def _secure() -> ssl.SSLContext:
+    return ssl.create_default_context()  # reads all certificates, which takes a while
+
+
+def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
     if scheme == "https":
-        return http.client.HTTPSConnection(host, port, timeout=CONNECT, context=secure)
+        return http.client.HTTPSConnection(host, port, timeout=CONNECT, context=_secure())
     return http.client.HTTPConnection(host, port, timeout=CONNECT)
 
 

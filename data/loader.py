@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from selfsight import keyed
 from selfsight.data.colour import DRAWS, change_colour
 from selfsight.data.crops import Drawn, ViewMaker, needed
 from selfsight.data.decode import DTYPES, BadSample, Form, Pixels
+from selfsight.data.device_jpeg import Encoded, fill, size_of
 from selfsight.data.jpeg import Needs
 from selfsight.data.mixture import Mixture, Samples
 from selfsight.data.order import WINDOW, Ids, rank_positions
@@ -60,6 +61,8 @@ class HostBatch(NamedTuple):
     """(B,) samples, after substitution, int64."""
     bad: list[Bad]
     """Every sample that was replaced."""
+    encoded: Sequence[Encoded] = ()
+    """Images that the device is to decode; their views are 0 until then."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Batches(Dataset[HostBatch]):
     """Decode JPEGs at half the size or less where every crop is at least twice its view: not the same pixels."""
     cache: PixelCache | None = None
     """The samples' pixels, decoded once."""
+    encode: bool = False
+    """Leave JPEGs to the device, where it can decode them."""
     condemned: Mapping[int, str] = field(default_factory=dict)
     """Samples that took down whoever decoded them, and how: bad without being read."""
     report: Callable[[int], None] | None = None
@@ -141,16 +146,17 @@ class Batches(Dataset[HostBatch]):
             return _batch(of_all, positions, keys, ids, bad)
         drawn = Drawn.of(self.makers, keys)
         views = [self._empty(maker.size, len(ids)) for maker in self.makers]
+        encoded: list[Encoded] = []
         pictures: dict[int, Picture] = {}  # of the positions that show one sample
         for slot, (position, key, sample) in enumerate(
             zip(positions.tolist(), keys.tolist(), ids.tolist(), strict=True)
         ):
             if position % self.repeat == 0:
                 pictures.clear()
-            made, ids[slot] = self._sample(slot, position, key, sample, drawn, pictures, bad)
+            made, ids[slot] = self._sample(slot, position, key, sample, drawn, pictures, bad, encoded)
             for view, one in zip(views, made, strict=True):
                 view[slot] = one  # now, while they are in the core's own memory
-        return _batch(tuple(map(torch.from_numpy, views)), positions, keys, ids, bad)
+        return _batch(tuple(map(torch.from_numpy, views)), positions, keys, ids, bad, encoded)
 
     def _empty(self, size: int, count: int) -> Pixels:
         """Room for views; colours of bytes lie side by side, as decoders and `resize` give them."""
@@ -181,6 +187,7 @@ class Batches(Dataset[HostBatch]):
         drawn: Drawn,
         pictures: dict[int, Picture],
         bad: list[Bad],
+        encoded: list[Encoded],
     ) -> tuple[list[Pixels], int]:
         """The views of a sample; a bad one gives way to a substitute that depends on nothing but the key."""
         group = slice(slot, slot + self.repeat - position % self.repeat)
@@ -189,6 +196,13 @@ class Batches(Dataset[HostBatch]):
             try:
                 if candidate not in pictures:
                     pictures[candidate] = self._picture(candidate, needs)
+                if (
+                    self.encode
+                    and not self.cache
+                    and (left := self._left_to_the_device(slot, candidate, pictures[candidate], drawn))
+                ):
+                    encoded.append(left)
+                    return [np.zeros((self.form.channels, m.size, m.size), np.uint8) for m in self.makers], candidate
                 shown = [pictures[candidate].window(moments[slot]) for moments in drawn.moments]
             except BadSample as error:
                 bad.append(self._bad(position, candidate, error))
@@ -200,6 +214,16 @@ class Batches(Dataset[HostBatch]):
             made = zip(self.makers, windows, drawn.crops, strict=True)
             return [maker(pixels, rows[slot], size) for maker, (pixels, size), rows in made], candidate
         raise self._all_bad(bad)
+
+    def _left_to_the_device(self, slot: int, sample: int, picture: Picture, drawn: Drawn) -> Encoded | None:
+        """What the device needs of an image that it can decode."""
+        size = size_of(picture.bodies[0], self.form) if len(picture.bodies) == 1 else None
+        if size is None or any(maker.view.shift or not maker.view.crop_scale for maker in self.makers):
+            return None
+        rows = [rows[slot] for rows in drawn.crops]
+        boxes = [maker.box(*size, row) for maker, row in zip(self.makers, rows, strict=True)]
+        flips = [bool(row[0] < maker.view.flip) for maker, row in zip(self.makers, rows, strict=True)]
+        return Encoded(slot, picture.bodies[0], boxes, flips, self.shards.describe(sample))
 
     def _all_bad(self, bad: list[Bad]) -> DataError:
         return DataError(f"{SUBSTITUTES + 1} samples in a row are bad, last: {bad[-1].where}: {bad[-1].reason}")
@@ -256,8 +280,11 @@ class Rows(Dataset[HostBatch]):
         return self.batches.make(rows, rows % len(self.batches.shards), rows)
 
 
-def _batch(views: tuple[Tensor, ...], positions: Ids, keys: Ids, ids: Ids, bad: list[Bad]) -> HostBatch:
-    return HostBatch(views, torch.from_numpy(positions), torch.from_numpy(keys), torch.from_numpy(ids), bad)
+def _batch(
+    views: tuple[Tensor, ...], positions: Ids, keys: Ids, ids: Ids, bad: list[Bad], encoded: Sequence[Encoded] = ()
+) -> HostBatch:
+    numbers = torch.from_numpy(positions), torch.from_numpy(keys), torch.from_numpy(ids)
+    return HostBatch(views, *numbers, bad, encoded)
 
 
 def forkserver() -> Any:
@@ -351,6 +378,8 @@ class Placer:
     seed: int
     range: tuple[float, float] = (0.0, 255.0)
     """Stored values that become 0 and 1."""
+    interpolation: str = "bicubic"
+    """How the device resizes what it decodes."""
     samples: Mixture | None = None
     """Where each set has statistics of its own: `mean` and `std` are theirs, one above the other (K, C, 1, 1)."""
 
@@ -360,8 +389,10 @@ class Placer:
         if self.samples:
             sets = torch.from_numpy(self.samples.set_of(host.ids.numpy())).to(mean.device, non_blocking=True)
             mean, std = mean[sets], std[sets]
-        for number, (view, pixels) in enumerate(zip(self.views, host.views, strict=True)):
-            pixels = pixels.to(self.mean.device, non_blocking=True)
+        views = [pixels.to(self.mean.device, non_blocking=True) for pixels in host.views]
+        if host.encoded:
+            fill(views, host.encoded, self.interpolation)
+        for number, (view, pixels) in enumerate(zip(self.views, views, strict=True)):
             if not view.coloured:
                 made.append(normalize(pixels, mean, std, self.range))
                 continue

@@ -80,7 +80,7 @@ class Moments:
 
 def _bin(values: Array) -> NDArray[np.int64]:
     """The upper 16 bits of float32 values, so that their order is that of the values."""
-    bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0: there is one zero
+    bits = values.astype(np.float32).view(np.uint32)
     return (np.where(bits & _SIGN, ~bits, bits | _SIGN) >> np.uint32(16)).astype(np.int64)
 
 

@@ -18,7 +18,7 @@ from selfsight.data.disk_cache import DiskCache, disk_cache
 from selfsight.data.store import Address, Away, Changed, Object, Refused, Store, open_store, patiently
 from selfsight.errors import DataError, DataGone
 
-IN_FLIGHT = 16  # requests of one process
+IN_FLIGHT = 32  # requests of one process
 GAP = 2**17  # bytes that are read and thrown away rather than asked for in another request
 MOST = 2**22  # bytes of one request
 HELD = 2**28  # bytes that are asked for ahead of their use, in each process; more is read when it is needed
@@ -76,7 +76,7 @@ class RemoteReader:
         self._stores: dict[str, Store] = {}
         self._lock, self._closed = threading.Lock(), False
         self._crew = Crew(IN_FLIGHT)
-        self._coming: dict[Want, tuple[int, Future[bytes | None]]] = {}
+        self._coming: dict[Want, tuple[int, Future[dict[Want, bytes]]]] = {}
         self._round = 0
 
     def ask(self, wants: Sequence[Want], around: Callable[[Want], Span] | None = None) -> None:
@@ -93,13 +93,12 @@ class RemoteReader:
             if want in self._coming or held > HELD:
                 continue
             if (body := self._cached(want)) is not None:
-                self._keep(want, _done(body))
+                self._coming[want] = self._round, _done({want: body})
             else:
                 absent.append(want)
         for span, those in _grouped(absent, around) if around and self.cache else plan(absent):
             fetched = self._crew.submit(partial(self._fetched, span, those, shared=around is not None))
-            for want in those:
-                self._keep(want, _part(fetched, want))
+            self._coming |= dict.fromkeys(those, (self._round, fetched))
 
     def fill(self, wants: Sequence[Want], around: Callable[[Want], Span]) -> None:
         """Bring what is around these samples to the disk, for later; nothing is kept in memory."""
@@ -117,7 +116,7 @@ class RemoteReader:
             DataGone: the store refuses, or was away for `patience` seconds.
         """
         kept = self._coming.pop(want, None)
-        body = kept[1].result() if kept else self._cached(want)
+        body = kept[1].result().get(want) if kept else self._cached(want)
         for _ in range(2):  # a second read tells a passing fault from a lasting one
             if body is not None:
                 return body
@@ -137,9 +136,6 @@ class RemoteReader:
                 store.close()
         if self.cache:
             self.cache.close()
-
-    def _keep(self, want: Want, future: "Future[bytes | None]") -> None:
-        self._coming[want] = self._round, future
 
     def _cached(self, want: Want) -> bytes | None:
         return self.cache.get(self._key(want.shard), *want[1:]) if self.cache else None
@@ -244,22 +240,7 @@ def _grouped(wants: Iterable[Want], around: Callable[[Want], Span]) -> list[tupl
     return list(spans.items())
 
 
-def _part(fetched: "Future[dict[Want, bytes]]", want: Want) -> "Future[bytes | None]":
-    """What a request gives of one sample; None for bytes that are not those that were indexed."""
-    part: Future[bytes | None] = Future()
-
-    def passed(done: "Future[dict[Want, bytes]]") -> None:
-        error = done.exception()
-        if error:
-            part.set_exception(error)
-        else:
-            part.set_result(done.result().get(want))
-
-    fetched.add_done_callback(passed)
-    return part
-
-
-def _done(body: bytes) -> "Future[bytes | None]":
-    future: Future[bytes | None] = Future()
-    future.set_result(body)
+def _done(bodies: dict[Want, bytes]) -> "Future[dict[Want, bytes]]":
+    future: Future[dict[Want, bytes]] = Future()
+    future.set_result(bodies)
     return future

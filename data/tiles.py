@@ -91,7 +91,7 @@ def cut_tiles(path: Path, how: Cut) -> Iterator[Tile]:
 
 def _left_out(pixels: Array, nodata: float | None, most: float) -> bool:
     """Background beyond the share, or values of which none can be learned."""
-    if most < 1 and background(pixels, nodata) > most:
+    if background(pixels, nodata) > most:
         return True
     return pixels.dtype.kind == "f" and not bool(np.isfinite(pixels).all())
 

@@ -15,8 +15,9 @@ from selfsight.data.loader import loader, normalize, unit
 from selfsight.data.mixture import Samples
 from selfsight.data.picture import Picture
 from selfsight.data.shards import Shards
-from selfsight.encoder import Encoder, Preprocessing
+from selfsight.encoder import Encoder
 from selfsight.errors import DataError, NumericError, UsageError
+from selfsight.preprocessing import Preprocessing
 
 BATCH = 256
 LONGEST_WAIT = 300.0  # seconds for a batch, before its workers count as frozen

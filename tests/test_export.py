@@ -267,16 +267,16 @@ def test_a_damaged_export_of_volumes_is_refused(tmp_path: Path, clean_process: N
 
 @torch.inference_mode()
 def test_weights_of_an_export_know_their_tubes(tmp_path: Path, clean_process: None) -> None:
-    """Three planes of one channel are not three channels."""
-    tube = make(channels=1, frames=3, tube=3).eval()
+    """Three planes of two channels are not six channels."""
+    tube = make(channels=2, frames=3, tube=3).eval()
     export(tube, tmp_path / "enc", {})
-    plain = make(channels=1).eval()
+    plain = make(channels=2).eval()
     lines = load_weights(plain, str(tmp_path / "enc"), "x")
     assert lines[1:] == [
-        "patch_embed.proj.weight: 24x3x4x4 resampled to 24x1x4x4, for patches of 1 planes in place of 3"
+        "patch_embed.proj.weight: 24x6x4x4 resampled to 24x2x4x4, for patches of 1 planes in place of 3"
     ]
-    image = torch.randn(2, 1, 16, 16)
+    image = torch.randn(2, 2, 16, 16)
     still = tube.embed(image[:, :, None].expand(-1, -1, 3, -1, -1))
     assert torch.allclose(plain.embed(image), still, atol=1e-5)
-    again = make(channels=1, frames=3, tube=3).eval()
+    again = make(channels=2, frames=3, tube=3).eval()
     assert len(load_weights(again, str(tmp_path / "enc"), "x")) == 1

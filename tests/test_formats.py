@@ -137,6 +137,7 @@ def axes(**how: Any) -> dict[str, Any]:
         (dicom(STACK, frames=4), STACK[None]),
         (dicom(STACK, frames=4, syntax=RLE), STACK[None]),
         (dicom(BANDS[0], "MONOCHROME1"), 65535 - BANDS[:1]),
+        (dicom(BANDS[0].astype(np.int16), "MONOCHROME1"), -1 - BANDS[:1].astype(np.int16)),
         (dicom(BANDS[0] % 4096, "MONOCHROME1", BitsStored=12, HighBit=11), 4095 - BANDS[:1] % 4096),
         (dicom(np.moveaxis(BANDS[:3] >> 8, 0, -1).astype(np.uint8), "RGB"), (BANDS[:3] >> 8).astype(np.uint8)),
         (dicom(BANDS[0], RescaleSlope="2", RescaleIntercept="-1024"), BANDS[:1] * np.float32(2) - 1024),

@@ -103,7 +103,7 @@ def test_the_knobs_are_these() -> None:
     names = {name for name, _ in field_names(fields.Recipe)}
     assert names == {
         "run_dir", "seed", "objective", "track",
-        "data.train", "data.block", "data.mix", "data.mean", "data.std", "data.interpolation", "data.crop_pct", "data.depth", "data.range", "data.frame_step", "data.repeat", "data.cache", "data.fast_decode", "data.bad_share",
+        "data.train", "data.block", "data.mix", "data.mean", "data.std", "data.interpolation", "data.crop_pct", "data.depth", "data.range", "data.frame_step", "data.repeat", "data.cache", "data.fast_decode", "data.decode", "data.bad_share",
         "encoder.name", "encoder.image_size", "encoder.channels", "encoder.patch", "encoder.width", "encoder.depth",
         "encoder.heads", "encoder.class_token", "encoder.registers", "encoder.drop_path", "encoder.positions", "encoder.init",
         "encoder.weights", "encoder.pool", "encoder.frames", "encoder.tube", "encoder.channel_tokens", "encoder.channel_sampling",

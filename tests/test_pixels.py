@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from selfsight.encoder import Preprocessing
 from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
+from selfsight.preprocessing import Preprocessing
 
 with warnings.catch_warnings():  # invalid escapes in its docstrings
     warnings.simplefilter("ignore")

@@ -192,6 +192,7 @@ def config(**how: Any) -> DataConfig:
         (8, None, [np.uint8, np.uint16]),
         (16, None, [np.uint8, np.uint16]),
         (16, (0.0, 4095.0), [np.uint16]),
+        (16, (1000.0, 60000.0), [np.uint8, np.uint16]),
         (8, (0.0, 60000.0), [np.uint16, np.int32]),
         (32, (-1000.0, 3000.0), [np.int16, np.float32, np.uint8]),
         (32, None, [np.float32]),

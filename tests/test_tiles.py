@@ -203,6 +203,15 @@ def test_groups_come_from_names(tmp_path: Path, by: str | None, groups: list[int
     assert Shards(str(tmp_path / "out")).groups.tolist() == groups
     path = tmp_path / "out" / "groups.json"
     assert (json.loads(path.read_text()) if path.exists() else None) == names
+    for how in (
+        {"encoding": Encoding(format="webp")},
+        {"reading": Reading(unlabelled=True)},
+        {},
+    ):  # written again, or copied
+        again = tmp_path / f"again-{len(list(tmp_path.iterdir()))}"
+        build(str(tmp_path / "out"), again, **how)
+        assert Shards(str(again)).groups.tolist() == groups
+        assert (again / "groups.json").exists() == path.exists()
 
 
 def test_folders_of_frames_are_clips(tmp_path: Path) -> None:

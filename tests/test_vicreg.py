@@ -4,7 +4,8 @@ Mutations that these tests caught when they were tried: the second view made as 
 a missing half of the variance, one view's term taken twice, weights exchanged, autocast or bfloat16 in the sums, a biased
 variance, another epsilon, the hinge turned or dropped, no centring, the larger of the two matrices, the diagonal kept or
 summed over images, N or no square for (N - 1)^2, another width, a batch of one let through, 127 not few or 128 few, GELU,
-no norm, one layer less, biases, the other view watched, terms with gradient, the same stochastic depth for both views.
+no norm, one layer less, biases, the other view watched, terms with gradient, the same stochastic depth for both views. Of moments: another share in order,
+both draws the same, a triple reversed, no gradient, moments or views in another order, no weight, another floor, any images.
 """
 
 from collections import Counter

@@ -17,19 +17,21 @@ from selfsight import __version__, checkpoint
 from selfsight.data import jpeg
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import BadSample
+from selfsight.data.device_jpeg import require_decoder
 from selfsight.data.loader import Batches, Placer
 from selfsight.data.mixture import Mixture, Samples
 from selfsight.data.picture import Picture
 from selfsight.data.pixel_cache import find_cache
 from selfsight.data.shards import Shards
 from selfsight.data.stats import fill_in
-from selfsight.encoder import Encoder, Preprocessing, build_encoder, preprocessing_of
+from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
 from selfsight.optim import build_optimizer
 from selfsight.past import Past
+from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, MixPart, Recipe, merge, validate
 from selfsight.run_folder import differences
 from selfsight.weights import load_weights
@@ -75,20 +77,24 @@ class Parts:
             ViewMaker(view, number, made.image_size, made.interpolation, recipe.seed)
             for number, view in enumerate(self.objective.views)
         )
-        train = recipe.train
-        split = train.batch_size, rank, world, train.accumulate
-        data, fixed = recipe.data, self.objective.augmentations
-        cache = find_cache(self.shards, made.form) if data.cache == "auto" else None
-        more = made.step, data.repeat, data.fast_decode, cache
-        return Batches(self.shards, makers, recipe.seed, made.form, *split, fixed, *more)
+        data, train = recipe.data, recipe.train
+        return Batches(
+            self.shards, makers, recipe.seed, made.form, train.batch_size, rank, world, train.accumulate,
+            augmentations=self.objective.augmentations,
+            step=made.step,
+            repeat=data.repeat,
+            reduce=data.fast_decode,
+            cache=find_cache(self.shards, made.form) if data.cache == "auto" else None,
+            encode=data.decode == "device",
+        )  # fmt: skip
 
     def placer(self, device: torch.device) -> Placer:
         """What makes a batch for the objective, on the device."""
         made = self.encoder.preprocessing
         if own := own_statistics(self.recipe.data.mix, made, device):
             assert isinstance(self.shards, Mixture)
-            return Placer(self.objective.views, *own, self.recipe.seed, made.values, self.shards)
-        return Placer(self.objective.views, *made.statistics(device), self.recipe.seed, made.values)
+            return Placer(self.objective.views, *own, self.recipe.seed, made.values, made.interpolation, self.shards)
+        return Placer(self.objective.views, *made.statistics(device), self.recipe.seed, made.values, made.interpolation)
 
     def fingerprint(self, recipe: Recipe | None = None) -> dict[str, Any]:
         """What a checkpoint must share with the run that goes on from it. Where the data lie is not part of it."""
@@ -214,6 +220,8 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         scorable_sets(recipe.eval.train, recipe.eval.test or recipe.eval.train, recipe.eval.k)
     if recipe.data.fast_decode and not jpeg.library():
         raise UsageError("data.fast_decode: needs simplejpeg: pip install 'selfsight[fast]'")
+    if recipe.data.decode == "device":
+        require_decoder()
     steps = recipe.train.steps or ceil((recipe.train.epochs or 0) * len(shards) / batch)
     encoder = build_encoder(recipe.encoder, preprocessing_of(recipe.data, recipe.encoder), recipe.seed)
     notes = []

@@ -113,7 +113,8 @@ def part_of(host: HostBatch, number: int, parts: int) -> HostBatch:
     size = len(host.ids) // parts
     rows = slice(number * size, (number + 1) * size)
     views = tuple(view[rows] for view in host.views)
-    return HostBatch(views, host.positions[rows], host.keys[rows], host.ids[rows], [])
+    encoded = [one._replace(slot=one.slot - rows.start) for one in host.encoded if rows.start <= one.slot < rows.stop]
+    return HostBatch(views, host.positions[rows], host.keys[rows], host.ids[rows], [], encoded)
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from selfsight import checkpoint
 from selfsight.backbone import OPTIONS
-from selfsight.encoder import PLANE_TABLES, Encoder, Preprocessing, build_encoder, preprocessing_of
+from selfsight.encoder import PLANE_TABLES, Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
+from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.redact import redact_tree
 from selfsight.run_folder import sync

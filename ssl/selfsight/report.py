@@ -20,9 +20,9 @@ from selfsight import __version__, console
 from selfsight.assemble import Parts
 from selfsight.charts import Series, line_chart
 from selfsight.data.loader import normalize
-from selfsight.encoder import Preprocessing
 from selfsight.eval.features import CentralCrops
 from selfsight.export import timm_line
+from selfsight.preprocessing import Preprocessing
 from selfsight.redact import redact
 from selfsight.run_folder import read_lines, write_atomically
 

@@ -20,7 +20,7 @@ from selfsight.data.decode import BadSample
 from selfsight.data.http_store import HttpStore
 from selfsight.data.index import cache_folder, read_index
 from selfsight.data.shards import ShardChanged, Shards
-from selfsight.data.store import Address
+from selfsight.data.store import SCHEMES, Address
 from selfsight.errors import DataError, DataGone, UsageError
 
 Start = Callable[..., Job]
@@ -91,7 +91,7 @@ def test_neighbours_are_one_request_and_are_not_asked_for_twice(far: Shards, ser
 
 
 def test_requests_are_in_flight_together(server: Server, far: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen wait for each other: an answer is given only when all of them have come."""
+    """Some wait for each other: an answer is given only when all of them have come."""
     monkeypatch.setattr("selfsight.data.remote.plan.__defaults__", (-(10**9), 1))
     together = threading.Barrier(16)
     real = server.fault
@@ -182,6 +182,29 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for scheme, name in (("gs", "gcsfs: pip install 'selfsight[cloud]'"), ("hf", "huggingface_hub: pip install")):
         with pytest.raises(UsageError, match=re.escape(f"{scheme}:// needs {name}")):
             Shards(f"{scheme}://bucket/x.tar")
+
+
+def test_file_systems_that_are_no_coroutines(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's; here the one of fsspec that lives in memory."""
+    import fsspec
+
+    monkeypatch.setitem(SCHEMES, "hf", ("memory", "", ""))
+    files = fsspec.filesystem("memory")
+    for path, plan in plans(small_shards).items():
+        files.pipe(f"/datasets{path}", plan.body)
+    far, near = Shards("hf://datasets/*.tar"), Shards(str(small_shards))
+    far.prefetch(range(5))
+    assert (far.id, [far.read(i) for i in range(20)]) == (near.id, [near.read(i) for i in range(20)])
+    files.pipe(f"/datasets/{NAMES[0]}", b"cut")
+    with pytest.raises(ShardChanged):
+        far.read(30)
+    files.rm("/datasets", recursive=True)
+    with pytest.raises(
+        DataGone, match=r"hf://datasets/small-000001.tar: the data cannot be read any more \(not found\)"
+    ):
+        far.read(60)
+    with pytest.raises(DataError, match="1 of 1 shards are missing"):
+        Shards(f"hf://datasets/{NAMES[0]}")
 
 
 # -- faults that pass

@@ -1,16 +1,11 @@
-"""Each way of misbehaving, seen by Python's own client; and that a data SPEC of the web is one clear refusal."""
+"""Each way of misbehaving, seen by Python's own client."""
 
 import gzip
 import http.client
 import socket
-from typing import Any
 
 import pytest
 from webfault import Fault, Plan, Server
-
-from selfsight import cli
-from selfsight.data.shards import Shards
-from selfsight.errors import UsageError
 
 BODY = bytes(range(256)) * 8
 Answer = tuple[int, bytes, dict[str, str]]
@@ -107,15 +102,3 @@ def test_connections_are_refused_for_a_while() -> None:
             pass
         server.accept()
         assert get(server)[:2] == (200, BODY)
-
-
-@pytest.mark.parametrize("scheme", ["https", "s3", "gs", "az", "hf", "pipe"])
-def test_data_of_the_web_is_one_clear_refusal(scheme: str, capsys: pytest.CaptureFixture[str]) -> None:
-    spec: Any = f"{scheme}://user:hunter2@host/x-{{000..009}}.tar?X-Amz-Signature=abc123#frag"
-    with pytest.raises(UsageError, match="only local paths are read; copy the shards to a disk first"):
-        Shards(spec)
-    assert cli.main(["shards", "check", spec]) == 2
-    told = capsys.readouterr().err
-    assert len(told.splitlines()) == 1
-    assert "host/x-{000..009}.tar" in told
-    assert not any(secret in told for secret in ("hunter2", "abc123", "frag"))

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfsight.encoder import Preprocessing
 from selfsight.objectives.base import exact
+from selfsight.preprocessing import Preprocessing
 
 WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian window
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of MS-SSIM, from fine to coarse
@@ -30,9 +30,7 @@ def ms_ssim(a: Tensor, b: Tensor, preprocessing: Preprocessing) -> Tensor:
     same sum of 1; an image smaller than the window with a window of its size. Of volumes (B, C, D, H, W), the mean over
     planes.
     """
-    a, b = preprocessing.pixels(a), preprocessing.pixels(b)
-    if a.ndim == 5:
-        a, b = (x.transpose(1, 2).flatten(0, 1) for x in (a, b))
+    a, b = (preprocessing.pixels(x).flatten(1, -3) for x in (a, b))
     window = min(WINDOW, min(a.shape[-2:]))
     scales = 1
     while scales < len(SCALES) and min(a.shape[-2:]) // 2**scales >= window:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfsight.encoder import Encoder, Preprocessing
+from selfsight.encoder import Encoder
 from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.ledger import weights_hash
 from selfsight.objectives.configs import DistillConfig
+from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import packaged
 from selfsight.run_folder import differences
 

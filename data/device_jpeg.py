@@ -1,0 +1,89 @@
+"""JPEGs decoded where the model is (`data.decode: device`): by nvJPEG on a GPU, through torchcodec.
+
+Loader workers read, check and draw, and send on the bytes with the boxes of their crops; `fill` decodes a batch at once, crops,
+resizes and flips on the device. What it cannot take (other formats, rotated or CMYK, clips) goes the usual way, into the
+same batch. On a CPU the decoder is libjpeg-turbo with Pillow's pixels; nvJPEG's differ by a few levels, and so does resizing
+in floating point: views are the same, their last bits are not.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from selfsight.data.decode import MAX_PIXELS, BadSample, Form, decode
+from selfsight.data.jpeg import read_header
+from selfsight.errors import DataError, UsageError
+
+MODES = {1: "GRAY", 3: "RGB"}
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+class Encoded(NamedTuple):
+    """An image of a batch that is not decoded yet."""
+
+    slot: int
+    """Its place in the batch."""
+    body: bytes
+    boxes: list[Box]
+    """What each view shows of it."""
+    flips: list[bool]
+    where: str
+    """Shard and offset, for messages."""
+
+
+def size_of(body: bytes, form: Form) -> tuple[int, int] | None:
+    """Width and height of what the device can decode; None: the usual way."""
+    header = read_header(body) if body.startswith(b"\xff\xd8\xff") else None
+    if header is None or form != Form(header.components) or not header.upright:
+        return None
+    return (header.width, header.height) if header.width * header.height <= MAX_PIXELS else None
+
+
+def require_decoder() -> Any:
+    """torchcodec's function.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its libraries do not fit this torch
+        raise UsageError(
+            f"data.decode: device needs torchcodec ({str(error).splitlines()[0]}): pip install 'selfsight[fast]'"
+        ) from None
+    return decode_jpeg
+
+
+def fill(views: Sequence[Tensor], encoded: Sequence[Encoded], interpolation: str) -> None:
+    """Decode images and write their views into `views`, V tensors (B, C, S, S) uint8, on the device of these.
+
+    Raises:
+        DataError: an image that is damaged. Its place cannot be taken by another here: it is found by `shards check`.
+    """
+    for image, one in zip(_decoded(encoded, views[0].device, views[0].shape[1]), encoded, strict=True):
+        for view, (left, top, right, bottom), flip in zip(views, one.boxes, one.flips, strict=True):
+            crop = image[None, :, top:bottom, left:right].float()
+            made = F.interpolate(crop, view.shape[-2:], mode=interpolation, antialias=True)[0]
+            made = made.round_().clamp_(0, 255)  # bicubic overshoots
+            view[one.slot] = (made.flip(-1) if flip else made).to(view.dtype)
+
+
+def _decoded(encoded: Sequence[Encoded], device: torch.device, channels: int) -> list[Tensor]:
+    decode_jpeg = require_decoder()
+    try:
+        found: list[Tensor] = decode_jpeg([one.body for one in encoded], mode=MODES[channels], device=device)
+        return found
+    except RuntimeError:  # of one of them; Pillow may take it all the same
+        return [_alone(one, channels).to(device) for one in encoded]
+
+
+def _alone(one: Encoded, channels: int) -> Tensor:
+    try:
+        return torch.from_numpy(decode(one.body, Form(channels)).copy())
+    except BadSample as error:
+        raise DataError(
+            f"{one.where}: {error}; data.decode: device has no substitutes: remove it, or set data.decode workers"
+        ) from None

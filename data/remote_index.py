@@ -19,12 +19,8 @@ from selfsight.data.remote import IN_FLIGHT, MOST, key_of
 from selfsight.data.store import Address, Changed, Object, Refused, Store, Unfit, open_store, patiently
 from selfsight.errors import DataError, DataGone, StorageError
 
-<<<<<<< HEAD
 PATIENCE = 5.0  # seconds, at the start of a run, where a person waits and an address may be misspelt
-=======
-PATIENCE = 30.0  # seconds, at the start of a run
 _WALKING = threading.Semaphore(2)  # each has a copy of a shard on the disk
->>>>>>> remote
 
 T = TypeVar("T")
 

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from selfsight import keyed
 from selfsight.data.decode import Pixels
 from selfsight.data.jpeg import Need, reduction
+from selfsight.data.picture import MOMENTS
 from selfsight.data.resample import Boxes, affordable, resized_crops
 from selfsight.data.views import View
 
 CROP_TRIES = 10  # as in torchvision
 LONGEST = 8  # times the shorter side; of longer images only the middle is resized: 1 x 20,000 would become gigabytes
-MOMENTS = 3
 
 
 def crop_box(width: int, height: int, draws: NDArray[np.float64], view: View) -> tuple[int, int, int, int]:

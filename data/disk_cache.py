@@ -3,6 +3,9 @@
 Each state of a shard has one sparse file, in which what was read lies where it lies in the shard. Nothing says what is there:
 a hole has not the checksum that the index knows, and neither has a torn write or a damaged block; so processes may be
 killed, share files without agreement and meet full disks, and the worst is that something is read from the store again.
+
+Blocks that are read together are needed by all workers for a while. Those that find no room there pass through files of their
+own, a quarter of the whole, of which the oldest go.
 """
 
 import fcntl
@@ -13,7 +16,7 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from selfsight.console import say
@@ -41,6 +44,45 @@ def disk_cache() -> "DiskCache | None":
     return DiskCache(cache_folder() / "blocks", int(most * 1e9)) if most else None
 
 
+class Passing:
+    """Blocks by key and start, of which those that were written first go first."""
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self.folder, self.most = folder, most
+
+    def get(self, key: str, start: int, offset: int, size: int, crc: int) -> bytes | None:
+        """The bytes at `offset` of the object, if the block that starts at `start` is there, and they are whole."""
+        try:
+            with (self.folder / f"{key}@{start}").open("rb", buffering=0) as file:
+                body = os.pread(file.fileno(), size, offset - start)
+        except OSError:
+            return None
+        return body if len(body) == size and zlib.crc32(body) == crc else None
+
+    def put(self, key: str, start: int, block: bytes) -> None:
+        """Keep a block for a while."""
+        if len(block) > self.most or shutil.disk_usage(self.folder).free < RESERVE + len(block):
+            return
+        (self.folder / f"{key}@{start}").write_bytes(block)
+        found = [(status.st_mtime, status.st_size, path) for path, status in _files_in(self.folder)]
+        used = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if used <= self.most:
+                break
+            Path(path).unlink(missing_ok=True)
+            used -= size
+
+
+def _files_in(folder: Path) -> list[tuple[str, os.stat_result]]:
+    """Files with their status; without those that another process deletes at this moment."""
+    found = []
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):
+            if entry.is_file():
+                found.append((entry.path, entry.stat()))
+    return found
+
+
 class DiskCache:
     """Parts of objects by key and offset.
 
@@ -49,7 +91,8 @@ class DiskCache:
     """
 
     def __init__(self, folder: Path, most: int) -> None:
-        self.folder, self.most = folder, most
+        self.folder, self.most = folder, most * 3 // 4
+        self._passing = Passing(folder / "passing", most // 4)
         self._files: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.RLock()  # no thread may write to a file that another one closes
         self._room = 0
@@ -58,23 +101,29 @@ class DiskCache:
         self._touched = time.monotonic()
         self._counted = float("-inf")
 
-    def get(self, key: str, offset: int, size: int, crc: int) -> bytes | None:
-        """The bytes, if they are there and whole."""
+    def get(self, key: str, offset: int, size: int, crc: int, block: int | None = None) -> bytes | None:
+        """The bytes, if they are there and whole. `block`: where the block starts that they may have come with."""
         with self._lock:
             try:
                 body = os.pread(self._file(key), size, offset)
             except OSError:
                 self.close(key)
                 return None
-        return body if len(body) == size and zlib.crc32(body) == crc else None
+        if len(body) == size and zlib.crc32(body) == crc:
+            return body
+        return None if block is None else self._passing.get(key, block, offset, size, crc)
 
-    def put(self, key: str, offset: int, body: bytes) -> None:
-        """Keep what was read, if there is room."""
+    def put(self, key: str, offset: int, body: bytes, block: bool = False) -> None:
+        """Keep what was read, if there is room; a block at least for a while."""
         with self._lock:
-            if self._broken or not self._fits(len(body)):
+            if self._broken:
                 return
             try:
-                os.pwrite(self._file(key), body, offset)
+                if self._fits(len(body)):
+                    os.pwrite(self._file(key), body, offset)
+                elif block:
+                    self._passing.folder.mkdir(parents=True, exist_ok=True)
+                    self._passing.put(key, offset, body)
             except OSError as error:
                 self._broken = True
                 self.close()
@@ -140,14 +189,11 @@ class DiskCache:
     def _count(self) -> None:
         """See how much there is, and delete what is too much."""
         self._counted = time.monotonic()
-        found = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for entry in os.scandir(self.folder):
-                status = entry.stat()
-                found.append((status.st_mtime, 512 * status.st_blocks, entry.path))
+            found = [(status.st_mtime, 512 * status.st_blocks, path) for path, status in _files_in(self.folder)]
             free = shutil.disk_usage(self.folder).free
-        except OSError:  # another process deletes, too; or the disk is away
+        except OSError:  # the disk is away
             self._full, self._room = True, 0
             return
         used, too_old = sum(size for _, size, _ in found), time.time() - IN_USE

@@ -19,11 +19,11 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import selfsight
-from selfsight.data.store import CONNECT, SILENCE, TOTAL, WEB, Address, Away, Changed, Object, Refused
+from selfsight.data.store import CONNECT, SILENCE, TOTAL, WEB, Address, Away, Changed, Object, Refused, Unfit
 from selfsight.errors import UsageError
 
 REDIRECTS = 5
-UNFIT = 3  # tries for a server that seems unable to give ranges
+NO_RANGES = "the server gives no ranges of an object; copy the shards to a disk"
 PIECE = 2**18  # bytes that are taken from a socket at once
 PASSING = frozenset({408, 425, 429})  # beside 5xx
 IDLE_MOST = 64  # connections that are kept open for each server
@@ -43,7 +43,7 @@ class HttpStore:
             span = answer.getheader("Content-Range", "")
             total = span.rpartition("/")[2]
             if answer.status == 200 or not total.isdigit():
-                raise Away("the server gives no ranges of an object; copy the shards to a disk", tries=UNFIT)
+                raise Unfit(NO_RANGES)
             version = answer.getheader("ETag") or answer.getheader("Last-Modified") or ""
             if answer.status == 206:
                 _body(answer, 1, end)
@@ -61,12 +61,10 @@ class HttpStore:
                 raise Changed(f"HTTP {answer.status}, {'another ETag' if answer.status < 400 else answer.reason}")
             span = re.match(r"bytes (\d+)-(\d+)/", answer.getheader("Content-Range", ""))
             if answer.status == 206 and span and (int(span[1]), int(span[2])) != (offset, offset + size - 1):
-                raise Away(f"the server gave the range {span[0]}, asked for {offset}-{offset + size - 1}")
+                raise Changed(f"gave the range {span[0]}, asked for {offset}-{offset + size - 1}")
             length = answer.getheader("Content-Length", "")
-            if answer.status == 200 and not (
-                offset == 0 and length == str(size)
-            ):  # not read: it may be the whole shard
-                raise Away("the server gives no ranges of an object; copy the shards to a disk", tries=UNFIT)
+            if answer.status == 200 and (offset, length) != (0, str(size)):  # not read: it may be the whole shard
+                raise Unfit(NO_RANGES)
             return _body(answer, size, end)
 
     def list(self, pattern: Address, end: float) -> list[Address]:
@@ -182,7 +180,7 @@ def _refuse(answer: http.client.HTTPResponse) -> None:
     if status >= 400 and status not in (412, 416):
         raise Refused(f"HTTP {status} {answer.reason}", missing=status in (404, 410))
     if answer.getheader("Content-Encoding", "identity").lower() not in ("", "identity"):
-        raise Away("the server compresses what it was asked to leave as it is", tries=UNFIT)
+        raise Unfit("the server compresses what it was asked to leave as it is")
 
 
 def _retry_after(text: str) -> float:

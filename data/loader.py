@@ -203,7 +203,11 @@ class Batches(Dataset[HostBatch]):
                 ):
                     encoded.append(left)
                     return [np.zeros((self.form.channels, m.size, m.size), np.uint8) for m in self.makers], candidate
-                shown = [pictures[candidate].window(moments[slot]) for moments in drawn.moments]
+                picture = pictures[candidate]
+                shown = [
+                    picture.window(places[slot], maker.view.moment)
+                    for maker, places in zip(self.makers, drawn.moments, strict=True)
+                ]
             except BadSample as error:
                 bad.append(self._bad(position, candidate, error))
                 continue
@@ -238,7 +242,7 @@ class Batches(Dataset[HostBatch]):
         needs = partial(needed, self.makers[number : number + 1], [drawn.crops[number][slot : slot + 1]], self.reduce)
         try:
             picture = self._picture(other, needs)
-            return picture.window(drawn.moments[number][slot]), picture.size
+            return picture.window(drawn.moments[number][slot], self.makers[number].view.moment), picture.size
         except BadSample as error:
             bad.append(self._bad(position, other, error))
             return None

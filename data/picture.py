@@ -8,6 +8,8 @@ import numpy as np
 from selfsight.data.decode import BadSample, Form, Pixels, decode
 from selfsight.data.jpeg import Need, Needs
 
+MOMENTS = 3  # in order, that views of a clip may share
+
 
 class Picture:
     """The image of a sample, decoded when its pixels are asked for; of a clip only the frames that a view shows.
@@ -53,19 +55,26 @@ class Picture:
             return len(self.bodies)
         return self.whole.shape[1] if self.whole.ndim == 4 else 1
 
-    def window(self, place: float) -> Pixels:
+    def window(self, place: float, moment: int | None = None) -> Pixels:
         """The planes of a view, which starts at `place` (0 the first, 1 the last possible): (C, H, W) for an encoder of
         one plane, else (C, frames, H, W).
 
+        Args:
+            moment: it is the first, second or third of three, which never start at the same plane: no one could tell
+                their order.
+
         Raises:
-            BadSample: as `decode`; fewer planes than the encoder takes, or frames of different sizes.
+            BadSample: as `decode`; fewer planes than the encoder or three moments take, or frames of different sizes.
         """
         wanted, planes = self.form.frames, self.planes
         if planes < wanted:
             raise BadSample(f"{planes} plane{'s' * (planes > 1)}, fewer than the {wanted} that the encoder takes")
         step = min(self.step, (planes - 1) // (wanted - 1)) if wanted > 1 else 1
         starts = planes - (wanted - 1) * step
-        first = min(int(place * starts), starts - 1)
+        if moment is not None and starts < MOMENTS:
+            raise BadSample(f"{planes} plane{'s' * (planes > 1)}, too few for {MOMENTS} moments in order")
+        starts, shift = (starts, 0) if moment is None else (starts - MOMENTS + 1, moment)
+        first = min(int(place * starts), starts - 1) + shift
         return self._take(range(first, first + wanted * step, step))
 
     def _take(self, planes: range) -> Pixels:

@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from typing import NamedTuple, TypeVar
 
@@ -87,23 +87,24 @@ class RemoteReader:
         """
         self._round += 1
         self._coming = {want: kept for want, kept in self._coming.items() if self._round - kept[0] < ROUNDS_KEPT}
+        around = around if self.cache else None
         absent, held = [], sum(want.size for want in self._coming)
         for want in wants:
-            held += want.size
-            if want in self._coming or held > HELD:
+            if want in self._coming or held + want.size > HELD:
                 continue
-            if (body := self._cached(want)) is not None:
+            held += want.size
+            if (body := self._cached(want, around and around(want))) is not None:
                 self._coming[want] = self._round, _done({want: body})
             else:
                 absent.append(want)
-        for span, those in _grouped(absent, around) if around and self.cache else plan(absent):
+        for span, those in _grouped(absent, around) if around else plan(absent):
             fetched = self._crew.submit(partial(self._fetched, span, those, shared=around is not None))
             self._coming |= dict.fromkeys(those, (self._round, fetched))
 
     def fill(self, wants: Sequence[Want], around: Callable[[Want], Span]) -> None:
         """Bring what is around these samples to the disk, for later; nothing is kept in memory."""
         if self.cache:
-            absent = [want for want in wants if want not in self._coming and self._cached(want) is None]
+            absent = [want for want in wants if want not in self._coming and self._cached(want, around(want)) is None]
             for span, those in _grouped(absent, around):
                 self._crew.submit(partial(self._fetched, span, those, shared=True))
 
@@ -137,8 +138,10 @@ class RemoteReader:
         if self.cache:
             self.cache.close()
 
-    def _cached(self, want: Want) -> bytes | None:
-        return self.cache.get(self._key(want.shard), *want[1:]) if self.cache else None
+    def _cached(self, want: Want, block: Span | None = None) -> bytes | None:
+        if not self.cache:
+            return None
+        return self.cache.get(self._key(want.shard), *want[1:], block.start if block else None)
 
     def _key(self, shard: int) -> str:
         return key_of(self._address(shard), self._seen(shard))
@@ -150,17 +153,17 @@ class RemoteReader:
             shared: other processes want the same, and what one of them has read is on the disk.
         """
         if not shared or not self.cache:
-            return self._read(span, wants)
+            return self._read(span, wants, False)
         key, size = self._key(span.shard), span.end - span.start
         with self.cache.alone(key, span.start, size):
-            there = {want: body for want in wants if (body := self._cached(want)) is not None}
-            return there if len(there) == len(wants) else self._read(span, wants)
+            there = {want: body for want in wants if (body := self._cached(want, span)) is not None}
+            return there if len(there) == len(wants) else self._read(span, wants, True)
 
-    def _read(self, span: Span, wants: Sequence[Want]) -> dict[Want, bytes]:
+    def _read(self, span: Span, wants: Sequence[Want], shared: bool) -> dict[Want, bytes]:
         pieces = [Span(span.shard, at, min(at + MOST, span.end)) for at in range(span.start, span.end, MOST)]
         body = b"".join([self._waited(span.shard, partial(self._range, piece)) for piece in pieces])
         if self.cache:
-            self.cache.put(self._key(span.shard), span.start, body)
+            self.cache.put(self._key(span.shard), span.start, body, shared)
         whole = {}
         for want in wants:
             part = body[want.offset - span.start : want.offset - span.start + want.size]
@@ -217,6 +220,7 @@ class RemoteReader:
         return seen
 
 
+@lru_cache(2**16)
 def key_of(address: Address, seen: Object) -> str:
     """A file name for what is kept of one state of an object.
 

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -12,12 +13,14 @@ from typing import TypeVar
 
 from selfsight.console import say
 from selfsight.data.crew import Crew
+from selfsight.data.disk_cache import disk_cache
 from selfsight.data.index import Records, cache_folder, read_records, walk, write_index
 from selfsight.data.remote import IN_FLIGHT, MOST, key_of
-from selfsight.data.store import Address, Changed, Object, Refused, Store, open_store, patiently
+from selfsight.data.store import Address, Changed, Object, Refused, Store, Unfit, open_store, patiently
 from selfsight.errors import DataError, DataGone, StorageError
 
-PATIENCE = 30.0  # seconds, at the start of a run
+PATIENCE = 5.0  # seconds, at the start of a run, where a person waits and an address may be misspelt
+_WALKING = threading.Semaphore(2)  # each has a copy of a shard on the disk
 
 T = TypeVar("T")
 
@@ -29,6 +32,7 @@ def looked_at(addresses: Sequence[Address]) -> list[tuple[Object, Path]]:
         DataError: shards that are missing (all of them are listed) or refused, or that hold no samples.
         DataGone: a store that cannot be reached.
     """
+    disk_cache()  # a size that is no number is better known now than by a worker
     crew, stores = Crew(IN_FLIGHT), {scheme: open_store(scheme) for scheme in {one.scheme for one in addresses}}
     try:
         looks = [crew.submit(partial(_look, stores[one.scheme], one)) for one in addresses]
@@ -105,6 +109,8 @@ def _look(store: Store, address: Address) -> Object | None:
         if error.missing:
             return None
         raise DataError(f"{address}: cannot be read ({error.strerror}); are address and credentials right?") from None
+    except Unfit as error:
+        raise DataError(f"{address}: {error.strerror}") from None
     except OSError as error:
         raise _gone(address, error) from None
 
@@ -112,7 +118,7 @@ def _look(store: Store, address: Address) -> Object | None:
 def _made(store: Store, address: Address, seen: Object) -> Path:
     path = _kept(address, seen)
     if not path.exists():
-        with _alone(path):
+        with _WALKING, _alone(path):
             if not path.exists():  # nor has another process made it meanwhile
                 say(f"{address}: no index beside it; reading it once ({seen.size / 1e6:,.1f} MB)")
                 records, _ = _walked(store, address, seen, "error")

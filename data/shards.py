@@ -185,7 +185,8 @@ class Shards:
         return split_clip(body, frames) if frames else [body]
 
     def prefetch(self, samples: Iterable[int], keep: bool = True) -> None:
-        """Begin to read samples of remote shards; local ones need no such thing. Returns at once, and raises nothing.
+        """Begin to read samples of remote shards; local ones need no such thing. Returns at once; `read` waits, and
+        raises what went wrong.
 
         Args:
             keep: whether they are needed soon; else they only come to the cache on the disk.

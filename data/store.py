@@ -31,6 +31,7 @@ CONNECT = 10.0  # seconds for a connection
 SILENCE = 10.0  # seconds without a byte
 TOTAL = 60.0  # seconds for one answer, however it trickles
 LEAST = 1.0  # seconds that an attempt has, also the last one: what it would say of its end hides the cause
+UNFIT = 3  # tries for a server that seems unfit
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 VERSIONS = ("ETag", "etag", "generation", "blob_id", "content_md5", "LastModified", "last_modified", "mtime")
 
@@ -42,12 +43,15 @@ class Away(OSError):
 
     Args:
         after: seconds that the server asks us to wait.
-        tries: after so many in a row it is none that passes.
     """
 
-    def __init__(self, reason: str, after: float = 0.0, tries: int = 2**31) -> None:
+    def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(errno.EIO, reason)
-        self.after, self.tries = after, tries
+        self.after = after
+
+
+class Unfit(Away):
+    """An answer of a server that seems unable to do what is needed; a few of them, and it is."""
 
 
 class Refused(OSError):
@@ -175,7 +179,7 @@ def patiently(attempt: Callable[[float], T], patience: float, waiting: Callable[
             tries += 1
             # A thousand workers must not come back at the same moment.
             wait = max(pause, getattr(error, "after", 0.0)) * (1 + random.random() / 4)
-            if time.monotonic() + wait > end or tries >= getattr(error, "tries", 2**31):
+            if time.monotonic() + wait > end or (isinstance(error, Unfit) and tries >= UNFIT):
                 raise
             if waiting and wait >= 1:
                 waiting(error)

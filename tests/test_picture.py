@@ -89,6 +89,19 @@ def test_a_plain_image_is_its_own_window() -> None:
         Picture([frame(7)], Form(1, frames=2)).window(0.9)
 
 
+@given(st.integers(3, 12), st.integers(1, 3), st.integers(0, 10_000))
+def test_three_moments_are_three_different_starts_in_order(planes: int, frames: int, key: int) -> None:
+    picture = Picture(clip(planes), Form(1, frames=frames))
+    if planes - frames < 2:
+        with pytest.raises(BadSample, match="too few for 3 moments"):
+            picture.window(0.5, 0)
+        return
+    makers = [ViewMaker(View(moment=m), number, 8, "bicubic", 3) for number, m in enumerate((0, 1, 2))]  # type: ignore[arg-type]
+    starts = [shown(picture.window(float(maker.moments(np.array([key]))[0]), maker.view.moment))[0] for maker in makers]
+    assert starts[0] < starts[1] < starts[2]
+    assert starts[2] <= planes - frames
+
+
 def places_of(maker: ViewMaker, count: int) -> Any:
     return maker.moments(np.arange(count))
 

@@ -159,7 +159,7 @@ def test_bases_are_inherited(tmp_path: Path) -> None:
         ("objective: mae", r"objective: "),
         ("objective: {name: [a]}", r"objective.name: no objective"),
         ("seed: 18446744073709551616", r"seed: "),
-        ("data: {}", r"data.train: is missing"),
+        ("data: {}", r"data: give either train or mix"),
     ],
 )
 def test_wrong_fields_are_named_with_their_neighbours(tmp_path: Path, more: str, message: str) -> None:

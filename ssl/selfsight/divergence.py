@@ -3,6 +3,7 @@
 from math import isfinite, sqrt
 
 from selfsight import console
+from selfsight.collapse import EVERY
 from selfsight.past import Past
 
 UNTRAINED = 2.0  # times the loss of the first step: no healthy run of the recipes ever came near it (docs/log.md)
@@ -24,17 +25,23 @@ class DivergenceWatch:
         self.past = past
 
     def __call__(self, step: int, loss: float, quiet: bool) -> None:
-        """Look at the loss after `step` steps; the first look is at that of untrained weights."""
+        """Look at the loss after `step` steps; the first look is at that of untrained weights.
+
+        The first steps are looked at one by one, and only compared with untrained weights: what a rate does that is far too
+        high may be over by the next regular look.
+        """
         past = self.past
         if not isfinite(loss):
             return
         past.first = past.first if past.looks else loss
+        if loss > UNTRAINED * past.first > 0:
+            self._tell(step, f"{loss:.4g}, above the {past.first:.4g} of untrained weights", quiet)
+        if 1 < step < EVERY:
+            return
         spread = max(sqrt(max(0.0, past.square - past.mean**2)), FLOOR * abs(past.mean))
         above = past.looks >= WARM and loss - past.mean > LIMIT * spread
         past.high = past.high + 1 if above else 0
-        if loss > UNTRAINED * past.first > 0:
-            self._tell(step, f"{loss:.4g}, above the {past.first:.4g} of untrained weights", quiet)
-        elif past.high >= PATIENCE:
+        if past.high >= PATIENCE:
             self._tell(step, f"{loss:.4g}, far above the {past.mean:.4g} that it was", quiet)
         if above:
             return  # the past that it is compared with stays as it was

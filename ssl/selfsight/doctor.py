@@ -133,6 +133,7 @@ def of_images(parts: Parts) -> Iterator[Finding]:
     ids = np.unique(keyed.hashes(0, "doctor", np.arange(IMAGES), 1)[:, 0] % np.uint64(len(samples))).astype(int)
     end, read, bad = time.monotonic() + IMAGE_SECONDS, 0, Counter[str]()
     constant, sides, values = 0, [], []
+    samples.prefetch(ids)
     for sample in ids.tolist():
         if time.monotonic() > end:
             break

@@ -68,7 +68,10 @@ def join(recipe: Recipe) -> Accelerator:
         raise UsageError(
             f"the launcher promised {world} processes, Accelerate found {accelerator.num_processes}; use launch.sh"
         )
-    same_program(accelerator, recipe)
+    try:
+        same_program(accelerator, recipe)
+    except RuntimeError as error:  # the first collective, before `peers` could say which rank
+        raise PeerLost("another rank was lost while the run started") from error
     return accelerator
 
 

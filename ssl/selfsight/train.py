@@ -159,9 +159,9 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
             bar()
             scoring = recipe.eval.train is not None and due(done, recipe.eval.every, steps)
             logging, looking = scoring or due(done, config.log_every, steps), done == 1 or due(done, EVERY, steps)
-            means = mean_loss(losses, accelerator) if logging or looking else {}
+            means = mean_loss(losses, accelerator) if logging or looking or done < EVERY else {}
             watched = collapse(done, losses[-1], accelerator) if logging or looking else {}
-            if looking:
+            if looking or done < EVERY:
                 divergence(done, means["loss"], quiet=not main)
             if logging:
                 line = {"step": done, "epoch": round(parts.epoch(done), 4), **means}

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_remote import NAMES, asked, faults, plans
+from test_shards_faults import batches
 from webfault import Fault, Server
 
 from selfsight.data import disk_cache as module
@@ -85,7 +87,7 @@ def test_a_file_that_is_deleted_is_made_anew(cache: DiskCache, monkeypatch: pyte
 
 def test_the_cap_keeps_what_is_in_use_and_deletes_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "COUNT_EVERY", 40_000)
-    cache = DiskCache(tmp_path, 100_000)
+    cache = DiskCache(tmp_path, 133_334)
     for n in range(9):
         cache.put(f"{n}", 0, BODY)
     cache.close()
@@ -95,18 +97,43 @@ def test_the_cap_keeps_what_is_in_use_and_deletes_the_oldest(tmp_path: Path, mon
     cache.close()
     for n, age in (("0", 9000), ("1", 8000), ("2", 4000)):
         os.utime(tmp_path / n, (time.time() - age,) * 2)
-    later = DiskCache(tmp_path, 100_000)
+    later = DiskCache(tmp_path, 133_334)
     later.put("new", 0, BODY)
     assert get(later, "new", 0, 100) is not None
     assert not (tmp_path / "0").exists()
     assert (tmp_path / "7").exists()
     later.close()
-    full = DiskCache(tmp_path, 10_000)
+    full = DiskCache(tmp_path, 13_000)
     for n in ("3", "4"):
         os.utime(tmp_path / n)
     full.put("none", 0, BODY)
     assert get(full, "none", 0, 100) is None
     full.close()
+
+
+def test_blocks_for_which_there_is_no_room_pass_through(
+    server: Server, small_shards: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker finds them for a while; then the oldest go."""
+    monkeypatch.setenv("SELFSIGHT_CACHE_GB", "0.0001")
+    monkeypatch.setattr(DiskCache, "_fits", lambda *_: False)
+    near, first, second = Shards(str(small_shards)), opened(server, block=5), opened(server, block=5)
+    first.prefetch([3, 11])
+    assert [first.read(i) for i in (3, 11)] == [near.read(i) for i in (3, 11)]
+    before = len(asked(server, f"/{NAMES[0]}"))
+    second.prefetch([0, 2, 14])
+    assert [second.read(i) for i in (0, 2, 14)] == [near.read(i) for i in (0, 2, 14)]
+    assert len(asked(server, f"/{NAMES[0]}")) == before
+    for file in (folder / "passing").iterdir():
+        file.write_bytes(bytes(file.stat().st_size))
+    second.prefetch([4])
+    assert second.read(4) == near.read(4)
+    for sample in range(0, 50, 5):
+        second.prefetch([sample])
+        assert second.read(sample) == near.read(sample)
+    assert 0 < sum(file.stat().st_size for file in (folder / "passing").iterdir()) <= 25_000
+    first.close()
+    second.close()
 
 
 def test_room_for_other_things_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +207,8 @@ def test_the_size_is_a_number(text: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("SELFSIGHT_CACHE_GB", text)
     with pytest.raises(UsageError, match=f"SELFSIGHT_CACHE_GB: '{text}' is no number of gigabytes"):
         disk_cache()
+    with pytest.raises(UsageError, match="no number of gigabytes"):
+        Shards("http://127.0.0.1:9/x.tar")  # before anything is asked for
 
 
 # -- with shards
@@ -221,6 +250,10 @@ def test_a_block_is_one_request_for_all_who_need_it(server: Server, small_shards
     second.prefetch([55, 49])
     assert [second.read(i) for i in (55, 49, 50)] == [near.read(i) for i in (55, 49, 50)]
     assert not second._far._coming
+    second.prefetch([70])
+    for sample in (80, 90, 100, 110):  # nobody comes for the first one
+        second.prefetch([sample])
+    assert len(second._far._coming) == 4
     first.close()
     second.close()
 
@@ -260,6 +293,22 @@ def test_a_worker_asks_for_its_next_batch_and_the_next_window() -> None:
     assert rounds == [([first, first + 1], True), ([8 * (step + 1) + 2, 8 * (step + 1) + 3], True), ([first + 8 * window, first + 8 * window + 1], False)]  # fmt: skip
 
 
+@pytest.mark.parametrize("block", [1, 7])
+@pytest.mark.parametrize("gigabytes", ["0", "1"])
+def test_batches_are_those_of_local_files(
+    block: int, gigabytes: str, server: Server, small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFSIGHT_CACHE_GB", gigabytes)
+    near, far = Shards(str(small_shards), block), opened(server, block)
+    both = [batches(shards, 24) for shards in (near, far)]
+    for number in (0, 1, 4, 5, 2):  # also where an epoch ends, and back
+        expected, found = (own[number] for own in both)
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert all(torch.equal(a, b) for a, b in zip(found.views, expected.views, strict=True))
+        assert found.bad == expected.bad == []
+    far.close()
+
+
 def test_the_plan_of_requests() -> None:
     wants = [
         Want(0, 0, 10, 0),
@@ -272,6 +321,8 @@ def test_the_plan_of_requests() -> None:
     spans = plan(wants, gap=5, most=20)
     assert [span for span, _ in spans] == [Span(0, 0, 15), Span(0, 15, 25), Span(0, 100, 110), Span(1, 110, 120)]
     assert sorted(want for _, those in spans for want in those) == sorted(set(wants))
+    apart = [Want(0, 0, 10, 0), Want(0, 15, 10, 0), Want(0, 31, 10, 0)]
+    assert [span for span, _ in plan(apart, gap=5, most=1000)] == [Span(0, 0, 25), Span(0, 31, 41)]
     assert plan([Want(0, 0, 3 * MOST, 0)])[0][0] == Span(0, 0, 3 * MOST)  # a sample is one, however large
 
 

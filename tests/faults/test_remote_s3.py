@@ -96,6 +96,7 @@ def _environment(_served: Bucket, tmp_path_factory: pytest.TempPathFactory) -> I
 def bucket(_served: Bucket, _environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     monkeypatch.setenv("SELFSIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SELFSIGHT_CACHE_GB", "0")
+    monkeypatch.setattr(Shards, "patience", 5.0)
     _served.faults.clear()
     return _served
 

@@ -166,8 +166,8 @@ def resize(pixels: Pixels, height: int, width: int, interpolation: str) -> Pixel
         return pixels
     pixels_in = pixels if pixels.flags.writeable else pixels.copy(order="K")  # torch wants to own what it reads
     planes = torch.from_numpy(pixels_in if pixels.dtype == np.uint8 else pixels.astype(np.float32))
-    lead = planes.shape[:-2]
-    planes = planes[None] if planes.ndim == 3 else planes.reshape(1, -1, *planes.shape[-2:])
+    lead = pixels.shape[:-2]
+    planes = planes[None] if len(lead) == 1 else planes.reshape(1, -1, *pixels.shape[-2:])
     found = _interpolate(planes, height, width, interpolation)[0].numpy()
     if pixels.dtype == np.uint16:  # bicubic overshoots
         found = np.rint(found).clip(0, 65535).astype(np.uint16)

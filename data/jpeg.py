@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-SEQUENTIAL, PROGRESSIVE = (0xC0, 0xC1), 0xC2
+SEQUENTIAL = frozenset({0xC0, 0xC1})
+FRAMES = SEQUENTIAL | {0xC2}  # with progressive ones
 START_OF_SCAN, EXIF, END = 0xDA, 0xE1, b"\xff\xd9"
 BLOCK = 8  # rows of a block of coefficients
 REDUCTIONS = (8, 4, 2)  # by which blocks can be decoded smaller
@@ -96,8 +97,8 @@ def read_header(body: bytes) -> Header | None:
     """The header of a JPEG of 8 bits, Huffman-coded; None for any other, or a damaged one."""
     at, upright, frame = 2, True, 0
     while at + 4 <= len(body) and body[at] == 0xFF:
-        marker, length = body[at + 1], int.from_bytes(body[at + 2 : at + 4], "big")
-        if marker in {*SEQUENTIAL, PROGRESSIVE}:
+        marker, length = body[at + 1], body[at + 2] << 8 | body[at + 3]
+        if marker in FRAMES:
             frame = at
         elif marker == EXIF:
             upright = upright and _is_upright(body[at + 4 : at + 2 + length])

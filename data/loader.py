@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -370,6 +370,30 @@ class Batch:
         return torch.from_numpy(draws).to(self.views[0].device, non_blocking=True)
 
 
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def sent(host: HostBatch, device: torch.device) -> HostBatch:
+    """The batch with its views on their way to the GPU, beside what that computes; on a CPU the batch as it is."""
+    if device.type != "cuda":
+        return host
+    with torch.cuda.stream(_copying(device)):
+        return host._replace(views=tuple(view.to(device, non_blocking=True) for view in host.views))
+
+
+def arrived(views: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Views on the device, usable by what is computed next; `sent` or not."""
+    if device.type == "cuda":
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(_copying(device))
+        for view in views:
+            if view.is_cuda:
+                view.record_stream(computing)  # else its memory would be used again while it is read
+    return [view.to(device, non_blocking=True) for view in views]
+
+
 @dataclass(frozen=True)
 class Placer:
     """Moves batches to the device, and colours and normalises them there."""
@@ -393,7 +417,7 @@ class Placer:
         if self.samples:
             sets = torch.from_numpy(self.samples.set_of(host.ids.numpy())).to(mean.device, non_blocking=True)
             mean, std = mean[sets], std[sets]
-        views = [pixels.to(self.mean.device, non_blocking=True) for pixels in host.views]
+        views = arrived(host.views, self.mean.device)
         if host.encoded:
             fill(views, host.encoded, self.interpolation)
         for number, (view, pixels) in enumerate(zip(self.views, views, strict=True)):

@@ -74,7 +74,7 @@ def input_crcs(host: HostBatch) -> list[int]:
     for slot in range(len(host.ids)):
         crc = 0
         for view in host.views:
-            crc = zlib.crc32(view[slot].contiguous().numpy().data, crc)
+            crc = zlib.crc32(view[slot].cpu().contiguous().numpy().data, crc)
         found.append(crc)
     return found
 

@@ -18,7 +18,7 @@ from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged, Canonical
 from selfsight.collapse import EVERY, CollapseWatch
 from selfsight.data.feed import feed
-from selfsight.data.loader import HostBatch
+from selfsight.data.loader import HostBatch, sent
 from selfsight.divergence import DivergenceWatch
 from selfsight.errors import (
     DataError,
@@ -233,7 +233,8 @@ class Feeder:
         self.quarantine = Quarantine(parts.recipe.run_dir, accelerator.process_index, parts.recipe.data.bad_share)
         numbers = range(first * self.micros, self.steps * self.micros)
         batches = parts.batches(accelerator.process_index, accelerator.num_processes)
-        pin = accelerator.device.type == "cuda"
+        self.device = accelerator.device
+        pin = self.device.type == "cuda"
         self.batches = feed(batches, numbers, loader_workers(parts.recipe), pin, train.timeout)
         self.problem: DataGone | DataError | None = None
         """Why there is nothing more."""
@@ -245,7 +246,7 @@ class Feeder:
         try:
             with self.meter.waiting():
                 faultpoint("data", step + 1)
-                hosts = [next(self.batches) for _ in range(self.micros)]
+                hosts = [sent(next(self.batches), self.device) for _ in range(self.micros)]
             for host in hosts:
                 self.quarantine.record(host)
         except (DataGone, DataError) as error:

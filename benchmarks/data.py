@@ -32,8 +32,9 @@ from selfsight.data.build import Encoding, build
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import Form
 from selfsight.data.index import RECORD, index_path, write_index
-from selfsight.data.loader import Batches, Placer
+from selfsight.data.loader import Batches
 from selfsight.data.pixel_cache import build_cache
+from selfsight.data.placer import Placer
 from selfsight.data.shards import Shards
 from selfsight.data.views import View
 

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from selfsight.data.crops import resize_and_crop
 from selfsight.data.decode import Form
-from selfsight.data.loader import loader, normalize, unit
+from selfsight.data.loader import loader
 from selfsight.data.mixture import Samples
 from selfsight.data.picture import Picture
+from selfsight.data.placer import normalize, unit
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import DataError, NumericError, UsageError

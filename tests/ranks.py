@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.objectives import build_objective, parse_objective
 from selfsight.objectives.across import GlobalBatchNorm, gather, largest, total

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfsight.assemble import assemble
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of, take
 from selfsight.errors import UsageError
 from selfsight.objectives import build_objective, parse_objective

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.objectives import build_objective

@@ -22,7 +22,8 @@ from selfsight.data.build import Sample, write_shards
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import Form
 from selfsight.data.device_jpeg import Encoded, fill, require_decoder, size_of
-from selfsight.data.loader import Batches, HostBatch, Placer
+from selfsight.data.loader import Batches, HostBatch
+from selfsight.data.placer import Placer
 from selfsight.data.shards import Shards
 from selfsight.data.views import View
 from selfsight.errors import DataError, UsageError

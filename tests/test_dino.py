@@ -23,7 +23,7 @@ from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.objectives import build_objective

@@ -33,8 +33,8 @@ from selfsight import checkpoint, cli
 from selfsight.assemble import Parts, assemble
 from selfsight.data.build import write_shards
 from selfsight.data.decode import Form, decode
-from selfsight.data.loader import Batch
 from selfsight.data.order import sample_ids
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, Tokens, build_encoder, preprocessing_of
 from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.export import export, seal

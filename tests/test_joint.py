@@ -18,7 +18,7 @@ from torch import Tensor
 
 from selfsight import checkpoint
 from selfsight.assemble import assemble
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.data.views import View
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.errors import UsageError

@@ -22,8 +22,9 @@ from selfsight.data.build import write_shards
 from selfsight.data.colour import DRAWS, change_colour
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import Form, decode
-from selfsight.data.loader import ROWS, Batches, HostBatch, Placer, Rows, loader, normalize
+from selfsight.data.loader import ROWS, Batches, HostBatch, Rows, loader
 from selfsight.data.order import sample_ids
+from selfsight.data.placer import Placer, normalize
 from selfsight.data.shards import Shards
 from selfsight.data.views import View
 from selfsight.errors import DataError

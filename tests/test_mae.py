@@ -20,7 +20,7 @@ from reference.transformers_vit import block_as_ours
 from scipy import ndimage
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.objectives import build_objective

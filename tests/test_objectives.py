@@ -22,7 +22,7 @@ from conftest import ROOT
 
 from selfsight import cli, objectives
 from selfsight.assemble import assemble
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.data.views import View
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
@@ -44,7 +44,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.data.views import View
 from selfsight.data.views import View
 from selfsight.encoder import Encoder

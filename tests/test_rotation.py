@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selfsight import keyed
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import RotationConfig

@@ -19,7 +19,7 @@ from reference.transformers_vit import block_as_ours
 from torch import Tensor
 from transformers import ViTConfig, ViTForMaskedImageModeling
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.objectives import build_objective

@@ -16,9 +16,9 @@ from selfsight import cli
 from selfsight.data.check import Measure, check, own_pixels
 from selfsight.data.decode import Form, decode, value_range
 from selfsight.data.index import build_index
-from selfsight.data.loader import normalize
 from selfsight.data.moments import Kind, Moments
 from selfsight.data.packing import Sample, write_shards
+from selfsight.data.placer import normalize
 from selfsight.data.shards import Shards
 from selfsight.data.stats import fill_in, read_stats, unit_line
 from selfsight.errors import DataError, UsageError

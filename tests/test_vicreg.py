@@ -17,7 +17,7 @@ import torch
 from lightly.loss import VICRegLoss
 from torch import nn
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.data.views import View
 from selfsight.encoder import build_encoder, pool_tokens, preprocessing_of
 from selfsight.errors import UsageError

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from selfsight.assemble import assemble, has_planes
 from selfsight.data.index import build_index
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, build_encoder, patchify, preprocessing_of, take, unpatchify
 from selfsight.errors import UsageError
 from selfsight.export import load_encoder

@@ -18,10 +18,11 @@ from selfsight.data import jpeg
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import BadSample
 from selfsight.data.device_jpeg import require_decoder
-from selfsight.data.loader import Batches, Placer
+from selfsight.data.loader import Batches
 from selfsight.data.mixture import Mixture, Samples
 from selfsight.data.picture import Picture
 from selfsight.data.pixel_cache import find_cache
+from selfsight.data.placer import Placer
 from selfsight.data.shards import Shards
 from selfsight.data.stats import fill_in
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of

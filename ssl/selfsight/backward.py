@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from selfsight.data.loader import Batch, HostBatch
+from selfsight.data.loader import HostBatch
+from selfsight.data.placer import Batch
 from selfsight.objectives.across import Parts, sum_of_parts
 from selfsight.objectives.base import Loss, Objective
 

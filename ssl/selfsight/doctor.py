@@ -23,9 +23,10 @@ from selfsight.assemble import Parts, assemble
 from selfsight.console import say, table
 from selfsight.data.decode import BadSample
 from selfsight.data.feed import affordable_workers
-from selfsight.data.loader import Batches, normalize
+from selfsight.data.loader import Batches
 from selfsight.data.mixture import Mixture
 from selfsight.data.picture import Picture
+from selfsight.data.placer import normalize
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError, StorageError
 from selfsight.optim import set_rates

@@ -19,7 +19,7 @@ from torch import Tensor
 from selfsight import __version__, console
 from selfsight.assemble import Parts
 from selfsight.charts import Series, line_chart
-from selfsight.data.loader import normalize
+from selfsight.data.placer import normalize
 from selfsight.eval.features import CentralCrops
 from selfsight.export import timm_line
 from selfsight.preprocessing import Preprocessing

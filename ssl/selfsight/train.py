@@ -18,7 +18,8 @@ from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged, Canonical
 from selfsight.collapse import EVERY, CollapseWatch
 from selfsight.data.feed import feed
-from selfsight.data.loader import HostBatch, sent
+from selfsight.data.loader import HostBatch
+from selfsight.data.placer import sent
 from selfsight.divergence import DivergenceWatch
 from selfsight.errors import (
     DataError,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selfsight import keyed
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.data.views import View
 from selfsight.encoder import Encoder, Tokens
 from selfsight.errors import UsageError

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder
 from selfsight.objectives.across import gather
 from selfsight.objectives.base import Loss, Objective, Setting, exact

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.data.views import View
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError

@@ -6,7 +6,7 @@ Of a volume the same squares are masked in every plane, of channel tokens in eve
 import torch
 from torch import Tensor, nn
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective

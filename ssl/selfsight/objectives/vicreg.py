@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfsight.data.loader import Batch
+from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.objectives.across import GlobalBatchNorm, gather

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from selfsight import doctor as subject
 from selfsight.assemble import assemble
 from selfsight.cli import main
+from selfsight.data import jpeg
 from selfsight.data.build import write_shards
+from selfsight.data.packing import Encoding, Sample
 from selfsight.doctor import Finding, examine, timed_steps
 from selfsight.processes import join
 from selfsight.recipe import validate
@@ -157,3 +160,23 @@ def test_the_command_prints_a_table_or_json_and_ends_with_the_runs_code(
     assert kinds["images"] == "problem"
     assert main(["doctor", str(recipe), "--train.batch_size", "64"]) == 2
     assert "has only 40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("side", "form", "library", "told"),
+    [
+        (16, "png", True, "selfsight shards cache {spec} --channels 3 would"),
+        (80, "jpeg", True, "more train.workers"),
+        (80, "jpeg", False, "selfsight[fast]"),
+        (80, "png", False, "more train.workers"),
+    ],
+)
+def test_slow_data_get_advice_that_fits_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, form: str, library: bool, told: str
+) -> None:
+    write_shards((Sample(*one) for one in noisy(10, size=side)), tmp_path, "s", Encoding(format=form))
+    spec = str(tmp_path / "s-000000.tar")
+    parts = assemble(validate(recipe_tree(Path(spec)), "test"), torch.device("cpu"))
+    if not library:
+        monkeypatch.setattr(jpeg, "library", lambda: None)
+    assert told.format(spec=spec) in subject._faster(parts, parts.batches())

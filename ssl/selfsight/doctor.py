@@ -21,11 +21,13 @@ from torch import Tensor
 from selfsight import keyed
 from selfsight.assemble import Parts, assemble
 from selfsight.console import say, table
-from selfsight.data.decode import BadSample
+from selfsight.data import jpeg
+from selfsight.data.decode import BadSample, Form, decode
 from selfsight.data.feed import affordable_workers
 from selfsight.data.loader import Batches
 from selfsight.data.mixture import Mixture
 from selfsight.data.picture import Picture
+from selfsight.data.pixel_cache import LARGEST_SIDE
 from selfsight.data.placer import normalize
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError, StorageError
@@ -36,6 +38,7 @@ from selfsight.recipe import Recipe, load
 IMAGES, IMAGE_SECONDS = 256, 6.0
 STEP_SECONDS, STEPS = 8.0, 5
 FEW_STEPS = 100
+JPEG = b"\xff\xd8\xff"
 VALUES = 1000  # of an image, which tell its statistics well enough
 MICRO = 8  # images in the steps that are timed on a CPU
 COPIES = 4  # of each parameter: itself, its gradient, AdamW's two moments
@@ -226,13 +229,24 @@ def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Findin
         "ok", "time", f"the run takes about {_duration(seconds)} on one rank as this one is now, without scoring"
     )
     if data < 1.2 * compute and workers:
-        yield Finding(
-            "warning",
-            "rates",
-            f"{told}: the device will wait for data; more train.workers, or shards with --short-side",
-        )
+        yield Finding("warning", "rates", f"{told}: the device will wait for data; {_faster(parts, batches)}")
     else:
         yield Finding("ok", "rates", told)
+
+
+def _faster(parts: Parts, batches: Batches) -> str:
+    """What would make the data faster."""
+    samples, made = parts.shards, parts.encoder.preprocessing
+    body = samples.images(0, samples.read(0))[0]
+    if (
+        not batches.cache
+        and made.form == Form(made.channels)
+        and max(decode(body, made.form).shape[1:]) <= LARGEST_SIDE
+    ):
+        return f"selfsight shards cache {samples.spec} --channels {made.channels} would decode them once and for all"
+    if body.startswith(JPEG) and jpeg.library() is None:
+        return "pip install 'selfsight[fast]' decodes JPEGs a third faster"
+    return "more train.workers, or shards built with --short-side"
 
 
 def timed_steps(parts: Parts, batches: Batches, accelerator: Accelerator) -> tuple[float, int]:

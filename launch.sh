@@ -75,7 +75,7 @@ case "${1:-}" in
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
     "$venv/bin/mypy"
-    OMP_WAIT_POLICY=passive exec "$venv/bin/python" -m pytest -n auto --dist loadgroup "$@"
+    OMP_WAIT_POLICY=passive exec "$venv/bin/python" -m pytest -n auto --dist loadfile "$@"
     ;;
   *) train "$@" ;;
 esac

@@ -30,6 +30,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.set_num_threads(1)
 
 
+# Files that take longest, begun first: a file is one process's work, so that what its tests share is made once.
+LONGEST = (
+    "test_export",
+    "test_resume",
+    "test_security",
+    "test_train",
+    "test_eval",
+    "test_across",
+    "test_cli",
+    "test_peers",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def pictures(count: int, size: tuple[int, int] = (8, 8), classes: int = 2, seed: int = 0, mode: str = "L") -> list[Any]:
     """Noise whose brightness tells the class."""
     rng = np.random.default_rng(seed)

@@ -51,9 +51,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-pytestmark = pytest.mark.xdist_group("across")  # `found` is made once, not once a test process
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """By number of ranks and name of the job, what it gave."""

@@ -26,9 +26,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-pytestmark = pytest.mark.xdist_group("watched")  # which takes 20 seconds, and is made once
-
-
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one watched process found: its own misdeeds, a run, the corpus."""

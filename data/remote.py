@@ -4,6 +4,7 @@
 """
 
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from selfsight.console import say
 from selfsight.data.crew import Crew
 from selfsight.data.decode import BadSample
 from selfsight.data.disk_cache import DiskCache, disk_cache
-from selfsight.data.store import Address, Away, Changed, Object, Refused, Store, open_store, patiently
+from selfsight.data.store import Address, Away, Changed, Object, Outage, Refused, Store, open_store, patiently
 from selfsight.errors import DataError, DataGone
 
 IN_FLIGHT = 32  # requests of one process
@@ -67,7 +68,7 @@ class RemoteReader:
 
     Args:
         addresses, seen: each shard's address, and what it was at the start.
-        patience: seconds for which a store that is away is tried again.
+        patience: seconds for which a store that is away is tried again, from the first fault since anything came.
     """
 
     def __init__(self, addresses: Sequence[Address | None], seen: Sequence[Object | None], patience: float) -> None:
@@ -75,7 +76,7 @@ class RemoteReader:
         self.cache: DiskCache | None = disk_cache()
         self._stores: dict[str, Store] = {}
         self._lock, self._closed = threading.Lock(), False
-        self._crew = Crew(IN_FLIGHT)
+        self._crew, self._outage = Crew(IN_FLIGHT), Outage()
         self._coming: dict[Want, tuple[int, Future[dict[Want, bytes]]]] = {}
         self._round = 0
 
@@ -187,17 +188,23 @@ class RemoteReader:
             raise ShardChanged(changed(address))
 
     def _waited(self, shard: int, attempt: Callable[[float], T]) -> T:
-        address = self._address(shard)
+        address, began = self._address(shard), time.monotonic()
+
+        def waiting(error: OSError) -> None:
+            say(f"{address}: waiting for it ({error.strerror})")
+
         try:
-            return patiently(attempt, self.patience, lambda error: say(f"{address}: waiting for it ({error.strerror})"))
+            return patiently(attempt, self.patience, waiting, self._outage)
         except Refused as error:
             raise DataGone(
                 f"{address}: the data cannot be read any more ({error.strerror}); "
                 "run the same command when the address and the rights to it are good again"
             ) from None
         except OSError as error:
+            lasted, asked = time.monotonic() - min(began, self._outage.began), getattr(error, "after", 0.0)
+            more = f", and asks for {asked:,.0f} s more" if asked else ""
             raise DataGone(
-                f"{address}: the data cannot be reached any more ({error.strerror or error}, for {self.patience:g} s); "
+                f"{address}: the data cannot be reached any more ({error.strerror or error}, for {lasted:.1f} s{more}); "
                 "run the same command when they are back"
             ) from None
 

@@ -6,6 +6,7 @@ HTTP(S) has a client of its own (`selfsight.data.http_store`); the others are fs
 import asyncio
 import errno
 import random
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -158,25 +159,56 @@ def open_store(scheme: str) -> Store:
     return FsspecStore(scheme)
 
 
-def patiently(attempt: Callable[[float], T], patience: float, waiting: Callable[[OSError], None] | None = None) -> T:
+class Outage:
+    """Since when nothing comes, for all who share it: what waits in a queue must not begin to be patient when its turn comes."""
+
+    def __init__(self) -> None:
+        self.began = self._last = float("inf")
+        self._lock = threading.Lock()
+
+    def failed(self, patience: float) -> None:
+        """A try has failed. One after a rest of more than `patience` seconds says nothing of the time before."""
+        now = time.monotonic()
+        with self._lock:
+            self.began = now if now - self._last > patience else min(self.began, now)
+            self._last = now
+
+    def over(self) -> None:
+        """Something came."""
+        with self._lock:
+            self.began = float("inf")
+
+
+def patiently(
+    attempt: Callable[[float], T],
+    patience: float,
+    waiting: Callable[[OSError], None] | None = None,
+    outage: Outage | None = None,
+) -> T:
     """What `attempt` gives, tried again with growing pauses while the fault is one that may pass.
 
     Args:
         attempt: is told when it must end.
-        patience: seconds for all of it.
+        patience: seconds for all of it, and since the outage began.
         waiting: told the fault once, before the first pause of a second or more.
+        outage: shared with others whose faults count for this one, too.
 
     Raises:
         OSError: the last one, of a fault that lasts.
     """
-    end, pause, tries = time.monotonic() + patience, FIRST_PAUSE, 0
+    begun, pause, tries, outage = time.monotonic(), FIRST_PAUSE, 0, outage or Outage()
     while True:
+        end = min(begun, outage.began) + patience
         try:
-            return attempt(max(end, time.monotonic() + LEAST))
+            found = attempt(max(end, time.monotonic() + LEAST))
+            outage.over()
+            return found
         except (Refused, Changed):
             raise
         except OSError as error:
             tries += 1
+            outage.failed(patience)
+            end = min(begun, outage.began) + patience
             # A thousand workers must not come back at the same moment.
             wait = max(pause, getattr(error, "after", 0.0)) * (1 + random.random() / 4)
             if time.monotonic() + wait > end or (isinstance(error, Unfit) and tries >= UNFIT):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import cache
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import selfsight
@@ -42,7 +42,7 @@ class HttpStore:
         with self._get(address, {"Range": "bytes=0-0"}, end) as answer:
             span = answer.getheader("Content-Range", "")
             total = span.rpartition("/")[2]
-            if answer.status == 200 or not total.isdigit():
+            if answer.status == 200 or not total.isdecimal():
                 raise Unfit(NO_RANGES)
             version = answer.getheader("ETag") or answer.getheader("Last-Modified") or ""
             if answer.status == 206:
@@ -83,9 +83,9 @@ class HttpStore:
         """The answer to a request, after its redirects. What is not read to its end closes the connection."""
         url = urlsplit(address.url)
         for _ in range(REDIRECTS):
-            line = self._line(url)
-            answer, whole = None, False
+            line, answer, whole = None, None, False
             try:
+                line = self._line(url)
                 answer = _ask(line, url, headers, end)
                 if (onwards := _onwards(answer, url)) is None:
                     _refuse(answer)
@@ -93,6 +93,8 @@ class HttpStore:
                     whole = (answer.isclosed() or answer.length == 0) and not answer.will_close
                     return
                 url = onwards
+            except (http.client.InvalidURL, ValueError):  # whose words may hold a password
+                raise Refused("its address, a redirect's or the proxy's is none that can be") from None
             except http.client.HTTPException as error:
                 raise Away(f"broken answer ({type(error).__name__})") from None
             except TimeoutError:
@@ -102,7 +104,8 @@ class HttpStore:
             finally:
                 if answer:
                     answer.close()  # it may hold the socket by itself
-                self._back(line, url, whole)
+                if line:
+                    self._back(line, url, whole)
         raise Refused(f"more than {REDIRECTS} redirects")
 
     def _line(self, url: SplitResult) -> http.client.HTTPConnection:
@@ -126,6 +129,27 @@ class HttpStore:
                 idle.append(line)
                 return
         line.close()
+
+
+def web_address(url: str, encoding: str = "utf-8") -> str:
+    """The address as it can be sent: letters outside ASCII and spaces quoted, a host of such letters in IDNA.
+
+    Raises:
+        ValueError: it has no host or port that can be, with the reason.
+    """
+    scheme, host, rest = re.fullmatch(r"([^:]*://)([^/?#]*)(.*)", url, re.S).groups()  # type: ignore[union-attr]
+    user, at, host = host.rpartition("@")
+    try:
+        host = host.encode("idna").decode()
+    except UnicodeError:  # a label of none or more than 63 letters
+        raise ValueError("its host is no name that a host can have") from None
+    try:
+        port = urlsplit(f"{scheme}{host}").port
+    except ValueError:  # whose words may hold a password with a slash
+        raise ValueError("its host and port cannot be") from None
+    if port == 0 or not re.fullmatch(r"[!-~]+", host) or host.startswith(":"):
+        raise ValueError("it has no host" if not host or host[0] == ":" else "its host and port cannot be")
+    return scheme + user + at + host + re.sub(r"[^!-~]+", lambda part: quote(part[0], encoding=encoding), rest)
 
 
 @cache
@@ -166,10 +190,11 @@ def _onwards(answer: http.client.HTTPResponse, url: SplitResult) -> SplitResult 
     """Where a redirect leads: to the same scheme, or from http to https."""
     if answer.status not in (301, 302, 303, 307, 308):
         return None
-    target = urlsplit(urljoin(url.geturl(), answer.getheader("Location", "")))
-    if target.scheme != url.scheme and (url.scheme, target.scheme) != WEB:
-        raise Refused(f"redirected from {url.scheme} to {target.scheme or 'nowhere'}, which is not followed")
-    return target
+    target = urljoin(url.geturl(), answer.getheader("Location", ""))
+    scheme = urlsplit(target).scheme
+    if scheme != url.scheme and (url.scheme, scheme) != WEB:
+        raise Refused(f"redirected from {url.scheme} to {scheme or 'nowhere'}, which is not followed")
+    return urlsplit(web_address(target, "latin-1"))  # http.client takes headers to be Latin-1: the same bytes again
 
 
 def _refuse(answer: http.client.HTTPResponse) -> None:
@@ -185,7 +210,7 @@ def _refuse(answer: http.client.HTTPResponse) -> None:
 
 def _retry_after(text: str) -> float:
     """Seconds, given as a number or as a date."""
-    if text.isdigit():
+    if text.isdecimal():
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())

@@ -13,6 +13,7 @@ from selfsight.data import digits
 from selfsight.data.index import IMAGE_SUFFIXES
 from selfsight.data.store import TOTAL, WEB, Address, Refused, open_store, patiently, remote
 from selfsight.errors import DataError, DataGone, UsageError
+from selfsight.redact import redact
 
 MOST_SHARDS, MOST_LETTERS = 1_000_000, 4096
 
@@ -29,14 +30,14 @@ def find_shards(spec: str | Sequence[str]) -> list[Path | Address]:
     Raises:
         DataError: nothing matches, or named files are missing (all of them are listed).
         DataGone: a store that is to be listed cannot be reached.
-        UsageError: a kind of address that is not read.
+        UsageError: a kind of address that is not read, or one that cannot be.
     """
     shards: list[Path | Address] = []
     for part in (one.removeprefix("file://") for one in ([spec] if isinstance(spec, str) else spec)):
         if part.startswith("digits:"):
             shards += digits.shards(part.removeprefix("digits:"))
         elif remote(part):
-            shards += [shard for pattern in _patterns(part) for shard in _listed(Address(pattern))]
+            shards += [shard for pattern in _patterns(part) for shard in _listed(_address(pattern))]
         else:
             shards += [shard for pattern in _patterns(part) for shard in _expand(_path(pattern))]
     lost = [str(shard) for shard in shards if isinstance(shard, Path) and not shard.is_file()]
@@ -64,6 +65,19 @@ def _path(pattern: str) -> Path:
         return Path(pattern).expanduser()
     except RuntimeError:
         raise UsageError(f"{pattern}: there is no such user's home folder") from None
+
+
+def _address(url: str) -> Address:
+    """An address that can be asked: what is wrong with one of the web is better known now than by each request."""
+    address = Address(url)
+    if address.scheme not in WEB:
+        return address
+    from selfsight.data.http_store import web_address
+
+    try:
+        return Address(web_address(url))
+    except ValueError as error:
+        raise UsageError(redact(f"{address}: is no address of the web: {error}")) from None
 
 
 def _expansions(part: str) -> int:
@@ -95,7 +109,8 @@ def _expand(path: Path) -> list[Path]:
 
 def _listed(address: Address) -> list[Address]:
     """The address itself, or what its glob or folder holds. A name without a dot is a folder's."""
-    pattern, magic = address, any(sign in address.path for sign in "*[")  # ? begins a query, of versions for example
+    below = address.path.partition("/")[2] if address.scheme in WEB else address.path  # [::1] is a host
+    pattern, magic = address, any(sign in below for sign in "*[")  # ? begins a query, of versions for example
     if address.scheme in WEB and not magic and not address.path.endswith("/"):
         return [address]  # a link to download from may have any name
     if not magic and ("." not in address.name or address.path.endswith("/")):

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from selfsight import checkpoint, cli
 from selfsight.data.build import write_shards
 from selfsight.data.check import check
 from selfsight.data.decode import BadSample
-from selfsight.data.http_store import HttpStore, _retry_after
+from selfsight.data.http_store import HttpStore, _retry_after, web_address
 from selfsight.data.index import cache_folder, read_index
 from selfsight.data.shards import ShardChanged, Shards
-from selfsight.data.store import SCHEMES, Address, Away, Changed, Outage, patiently
+from selfsight.data.spec import find_shards
+from selfsight.data.store import SCHEMES, Address, Away, Changed, Outage, Refused, patiently
 from selfsight.errors import DataError, DataGone, UsageError
 
 Start = Callable[..., Job]
@@ -160,6 +162,18 @@ def test_addresses_that_cannot_be(server: Server, capsys: pytest.CaptureFixture[
             "https://h/x-*.tar: a web server lists nothing; name the shards with braces",
         ),
         ("https://h/folder/", "https://h/folder/*.tar: a web server lists nothing"),
+        (
+            "http://h:99999/x.tar?k=hunter2",
+            "http://h:99999/x.tar: is no address of the web: its host and port cannot be",
+        ),
+        ("http://u:hunter2@h:abc/x.tar", "http://h:abc/x.tar: is no address of the web: its host and port"),
+        ("http://u:hunter2/2@h/x.tar", "is no address of the web: its host and port"),
+        ("http://h:0/x.tar", "is no address of the web: its host and port"),
+        ("http://two words/x.tar", "is no address of the web: its host and port"),
+        (f"http://{'h' * 64}.org/x.tar", "is no address of the web: its host is no name that a host can have"),
+        ("https:///x.tar?k=hunter2", "https:///x.tar: is no address of the web: it has no host"),
+        ("https://:80/x.tar", "is no address of the web: it has no host"),
+        ("http://[::1/x.tar", "http://[::1/x.tar: is no address of the web: its host and port cannot be"),
         ("htps://h/x.tar?k=hunter2", "htps://h/x.tar: htps: is not read (did you mean https?)"),
         ("pipe:curl https://h/x.tar?k=hunter2", "pipe: is not read"),
     ):
@@ -172,6 +186,29 @@ def test_addresses_that_cannot_be(server: Server, capsys: pytest.CaptureFixture[
         from selfsight.data.build import _on_disk
 
         _on_disk(f"{server.address}/x.tar")
+
+
+def test_letters_of_all_kinds_are_quoted_once(server: Server, small_shards: Path) -> None:
+    for suffix in ("", ".idx"):
+        server.plans[f"/a%20%C3%A4%20b.tar{suffix}"] = server.plans[f"/{NAMES[0]}{suffix}"]
+    near = Shards(str(small_shards / NAMES[0]))
+    for name in ("a ä b.tar", "a%20%C3%A4 b.tar?k=ö ö"):
+        far = Shards(f"{server.address}/{name}")
+        assert (far.id, far.read(3)) == (near.id, near.read(3))
+        far.close()
+    server.plans["/moved.tar"] = Plan(b"", always=Fault("redirect", "/a ä b.tar".encode().decode("latin-1")))
+    with closing(HttpStore()) as store:
+        assert store.look(Address(f"{server.address}/moved.tar"), time.monotonic() + 10).size
+    assert web_address("http://me@bücher.example:8/ä?ö#ü") == "http://me@xn--bcher-kva.example:8/%C3%A4?%C3%B6#%C3%BC"
+    assert web_address("http://[::1]:80/x-[0-9]%20|.tar?k=~{}") == "http://[::1]:80/x-[0-9]%20|.tar?k=~{}"
+    assert find_shards("http://[::1]:80/x.tar") == [Address("http://[::1]:80/x.tar")]
+
+
+@pytest.mark.parametrize("where", ["http://[::1/x", "http://h:99999/x", "https:///x", f"http://{'h' * 64}/x"])
+def test_a_redirect_to_what_is_no_address_is_refused(where: str, server: Server) -> None:
+    faults(server, always=Fault("redirect", where))
+    with closing(HttpStore()) as store, pytest.raises(Refused, match="a redirect's or the proxy's is none that can be"):
+        store.look(Address(f"{server.address}/{NAMES[0]}"), time.monotonic() + 10)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +324,7 @@ def test_the_client_gives_what_was_asked_for_or_nothing(fault: Fault, server: Se
 
 
 def test_the_time_that_a_server_asks_for_is_a_number_or_a_date() -> None:
-    assert [_retry_after(text) for text in ("7", "", "soon")] == [7.0, 0.0, 0.0]
+    assert [_retry_after(text) for text in ("7", "", "soon", "²")] == [7.0, 0.0, 0.0, 0.0]
     assert 3500 < _retry_after(formatdate(time.time() + 3600, usegmt=True)) <= 3600
     assert _retry_after(formatdate(time.time() - 3600, usegmt=True)) == 0
 

@@ -67,7 +67,7 @@ def copy_beside(store: Store, address: Address, suffix: str) -> Path | None:
     beside = address.beside(suffix)
     try:
         state = patiently(partial(store.look, beside), PATIENCE)
-    except Refused:  # none, or one that the shard's own signature does not open
+    except (Refused, Unfit):  # none, one that the shard's own signature does not open, or a page that says so
         return None
     except OSError as error:
         raise _gone(beside, error) from None

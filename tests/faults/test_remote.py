@@ -146,6 +146,16 @@ def test_an_index_beside_is_fetched_anew_when_it_changes(small_shards: Path, ser
         Shards(address)
 
 
+def test_a_page_in_place_of_an_index_is_none(small_shards: Path) -> None:
+    """Servers of one page answer so, whatever they are asked for."""
+    near = Shards(str(small_shards / NAMES[0]))
+    with Server(plans(small_shards, index=False)) as server:
+        for suffix in (".idx", ".stats.json"):
+            server.plans[f"/{NAMES[0]}{suffix}"] = Plan(b"<!doctype html>", always=Fault("ignore-range"))
+        far = Shards(f"{server.address}/{NAMES[0]}")
+        assert (far.id, far.found_beside(0, ".stats.json")) == (near.id, None)
+
+
 def test_check_reads_a_server_as_it_reads_a_disk(far: Shards, small_shards: Path, server: Server) -> None:
     assert check(far) == check(Shards(str(small_shards)))
     server.plans[f"/{NAMES[1]}"].body = bytes(len(server.plans[f"/{NAMES[1]}"].body))

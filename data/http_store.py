@@ -114,13 +114,15 @@ class HttpStore:
             if idle := self._idle[url.scheme, url.netloc]:
                 return idle.pop()
         host, port = url.hostname or "", url.port
-        proxy = None if proxy_bypass(host) else getproxies().get(url.scheme)
-        if proxy:
-            through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-            line = _connection(url.scheme, through.hostname or "", through.port)
-            line.set_tunnel(host, port or (443 if url.scheme == "https" else 80))
-            return line
-        return _connection(url.scheme, host, port)
+        proxy = None if proxy_bypass(host) or proxy_bypass(_host(url)) else getproxies().get(url.scheme)
+        if not proxy:
+            return _connection(url.scheme, host, port)
+        through = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        if url.scheme == "http":
+            return _Proxied(through)
+        line = _connection(url.scheme, through.hostname or "", through.port)
+        line.set_tunnel(host, port or 443, _login("Proxy-Authorization", through))
+        return line
 
     def _back(self, line: http.client.HTTPConnection, url: SplitResult, whole: bool) -> None:
         with self._lock:
@@ -152,6 +154,27 @@ def web_address(url: str, encoding: str = "utf-8") -> str:
     return scheme + user + at + host + re.sub(r"[^!-~]+", lambda part: quote(part[0], encoding=encoding), rest)
 
 
+class _Proxied(http.client.HTTPConnection):
+    """A connection to a proxy that is asked for whole addresses: many tunnel to port 443 alone."""
+
+    def __init__(self, proxy: SplitResult) -> None:
+        super().__init__(proxy.hostname or "", proxy.port, timeout=CONNECT)
+        self.login = _login("Proxy-Authorization", proxy)
+
+
+def _login(header: str, url: SplitResult) -> dict[str, str]:
+    """The header with an address's user and password, if it has them."""
+    if not url.username:
+        return {}
+    pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
+    return {header: f"Basic {base64.b64encode(pair.encode()).decode()}"}
+
+
+def _host(url: SplitResult) -> str:
+    """Host and port."""
+    return url.netloc.rpartition("@")[2]
+
+
 @cache
 def _secure() -> ssl.SSLContext:
     return ssl.create_default_context()  # reads all certificates, which takes a while
@@ -173,17 +196,27 @@ def _ask(
 ) -> http.client.HTTPResponse:
     if line.sock is None:
         line.timeout = _left(CONNECT, end)
-        line.connect()
+        _connect(line)
     line.sock.settimeout(_left(SILENCE, end))
     sent = {"Accept-Encoding": "identity", "User-Agent": f"selfsight/{selfsight.__version__}", **headers}
-    if url.username:
-        pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
-        sent["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    sent |= _login("Authorization", url)
+    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    if isinstance(line, _Proxied):
+        sent, target = sent | line.login, f"{url.scheme}://{_host(url)}{target}"
     sock = line.sock
-    line.request("GET", (url.path or "/") + (f"?{url.query}" if url.query else ""), headers=sent)
+    line.request("GET", target, headers=sent)
     answer = line.getresponse()
     answer.sock = sock  # type: ignore[attr-defined] # http.client forgets it where the server will close
     return answer
+
+
+def _connect(line: http.client.HTTPConnection) -> None:
+    try:
+        line.connect()
+    except OSError as error:
+        if told := re.match(r"Tunnel connection failed: (4.*)", str(error)):  # http.client has no class for it
+            raise Refused(f"the proxy answers HTTP {told[1]}") from None
+        raise
 
 
 def _onwards(answer: http.client.HTTPResponse, url: SplitResult) -> SplitResult | None:

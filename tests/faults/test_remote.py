@@ -27,6 +27,7 @@ from selfsight.data.store import SCHEMES, Address, Away, Changed, Outage, Refuse
 from selfsight.errors import DataError, DataGone, UsageError
 
 Start = Callable[..., Job]
+LOGINS = ("Authorization", "Proxy-Authorization", "Host")
 NAMES = ["small-000000.tar", "small-000001.tar", "small-000002.tar"]
 
 
@@ -499,6 +500,28 @@ def test_a_password_is_sent_and_never_shown(server: Server) -> None:
     shards = Shards(f"{server.address.replace('://', '://me:hunter2@')}/{NAMES[0]}")
     assert server.requests[0][1]["Authorization"] == "Basic bWU6aHVudGVyMg=="
     assert "hunter2" not in shards.describe(0) + str(shards.paths[0])
+
+
+def test_a_proxy_gets_whole_addresses_and_its_password(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    near = Shards(str(small_shards / NAMES[0]))
+    with Server({f"http://far.invalid:8{path}": plan for path, plan in plans(small_shards).items()}) as proxy:
+        for scheme in ("http", "https"):
+            monkeypatch.setenv(f"{scheme}_proxy", f"{proxy.address.replace('://', '://me:hunter%32@')}")
+        monkeypatch.setenv("no_proxy", "near.invalid")
+        far = Shards(f"http://you:too@far.invalid:8/{NAMES[0]}")
+        assert (far.id, far.read(3)) == (near.id, near.read(3))
+        far.close()
+        told = [{name: headers.get(name) for name in LOGINS} for _, headers in proxy.requests]
+        assert told == [dict(zip(LOGINS, ("Basic eW91OnRvbw==", "Basic bWU6aHVudGVyMg==", "far.invalid:8"), strict=True))] * len(told)  # fmt: skip
+        with pytest.raises(DataError, match=r"cannot be read \(the proxy answers HTTP 407 Proxy Authentication Req"):
+            Shards("https://far.invalid/x.tar")
+        assert proxy.requests[-1][0] == "far.invalid:443"
+        assert proxy.requests[-1][1]["Proxy-Authorization"] == "Basic bWU6aHVudGVyMg=="
+        asked_before = len(proxy.requests)
+        monkeypatch.setattr("selfsight.data.remote_index.PATIENCE", 0.1)
+        with pytest.raises(DataGone):
+            Shards("http://near.invalid/x.tar")
+        assert len(proxy.requests) == asked_before
 
 
 def test_connections_are_used_again(server: Server, far: Shards) -> None:

@@ -145,6 +145,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_CONNECT(self) -> None:
+        """As a proxy that lets nobody through."""
+        self.web.fault(self.path, self.headers)
+        self._head(407, {"Content-Length": "0"})
+
     def _answer(self, plan: Plan, fault: Fault) -> None:
         whole = bytes(byte ^ 0xFF for byte in plan.body) if fault.kind == "wrong-bytes" else plan.body
         span = None if fault.kind == "ignore-range" else _range(self.headers.get("Range"), len(whole))

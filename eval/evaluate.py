@@ -15,6 +15,7 @@ from selfsight.errors import UsageError
 from selfsight.eval.features import Features, extract, groups_of, labels_of, pixels_of
 from selfsight.eval.knn import DEFAULT_K, TEMPERATURE, dense_labels, held_out, knn, usable_k
 from selfsight.eval.linear import DECAYS, RATES, SEEDS, linear
+from selfsight.redact import redact
 
 Score = dict[str, Any]
 EVALUATORS = ("knn", "linear")
@@ -41,7 +42,8 @@ def evaluate(
         say: is told what is being done.
 
     Returns:
-        What scores.json holds: {"scores": [{encoder, evaluator, train, test, value, std, n, ...}]}, values in percent.
+        What scores.json holds: {"scores": [{encoder, evaluator, train, test, value, std, n, ...}]}, values in percent;
+        addresses without what opens them.
 
     Raises:
         UsageError: unknown evaluators, unlabelled data, one class, unknown classes, or a k larger than the bank.
@@ -72,7 +74,7 @@ def evaluate(
     for evaluator in evaluators:
         scores.append({"encoder": "pixels"} | _score(evaluator, fit, held, "pixels", k))
     scores.append({"encoder": "majority"} | _majority(fit, held))
-    shared = {"train": sets[0].spec, "test": sets[1].spec, "samples": len(sets[1])}
+    shared = {"train": redact(sets[0].spec), "test": redact(sets[1].spec), "samples": len(sets[1])}
     return {"scores": [score | shared for score in scores]}
 
 

@@ -21,6 +21,7 @@ from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from timm.data import create_transform
+from webfault import Plan, Server
 
 from selfsight import cli
 from selfsight.data.build import write_shards
@@ -300,6 +301,19 @@ def test_a_black_image_has_a_place_among_the_pixels(encoder: Encoder, tmp_path: 
     write_shards(iter(samples), tmp_path, "s")
     found = evaluate(encoder, str(tmp_path), str(tmp_path), evaluators=("knn",), k=(5,))["scores"]
     assert len(found) == 4
+
+
+def test_scores_name_their_sets_without_what_opens_them(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFSIGHT_CACHE", str(tmp_path / "cache"))
+    write_shards(iter(pictures(40)), tmp_path, "s")
+    with Server({f"/{file.name}": Plan(file.read_bytes()) for file in tmp_path.glob("*.tar*")}) as server:
+        far = f"{server.address}/s-{{000000..000000}}.tar"
+        signed = far.replace("://", "://me:hunter2@") + "?X-Sig=hunter2"
+        found = evaluate(encoder, signed, [signed], evaluators=("knn",), k=(5,))
+    assert "hunter2" not in json.dumps(found)
+    assert {score["train"] for score in found["scores"]} == {far.replace("://", "://***@") + "?***"}
 
 
 def test_unlabelled_one_class_and_broken_images_are_refused(encoder: Encoder, tmp_path: Path) -> None:

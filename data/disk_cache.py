@@ -8,6 +8,7 @@ Blocks that are read together are needed by all workers for a while. Those that 
 own, a quarter of the whole, of which the oldest go.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -97,7 +98,7 @@ class DiskCache:
         self._lock = threading.RLock()  # no thread may write to a file that another one closes
         self._room = 0
         """Bytes that may be written before the next count."""
-        self._full = self._broken = False
+        self._full = self._broken = self._closed = False
         self._touched = time.monotonic()
         self._counted = float("-inf")
 
@@ -107,7 +108,7 @@ class DiskCache:
             try:
                 body = os.pread(self._file(key), size, offset)
             except OSError:
-                self.close(key)
+                self._shut(key)
                 return None
         if len(body) == size and zlib.crc32(body) == crc:
             return body
@@ -116,7 +117,7 @@ class DiskCache:
     def put(self, key: str, offset: int, body: bytes, block: bool = False) -> None:
         """Keep what was read, if there is room; a block at least for a while."""
         with self._lock:
-            if self._broken:
+            if self._broken or self._closed:
                 return
             try:
                 if self._fits(len(body)):
@@ -126,7 +127,7 @@ class DiskCache:
                     self._passing.put(key, offset, body)
             except OSError as error:
                 self._broken = True
-                self.close()
+                self._shut(*self._files)
                 say(
                     f"{self.folder}: cannot be written ({error.strerror}); reading goes on without keeping what was read"
                 )
@@ -142,7 +143,7 @@ class DiskCache:
                     file = self._files[key]
             except (BlockingIOError, PermissionError):
                 time.sleep(0.01)
-            except OSError:  # a file system without locks
+            except OSError:  # a file system without locks, or closed meanwhile
                 break
         try:
             yield
@@ -151,18 +152,25 @@ class DiskCache:
                 if file is not None and self._files.get(key) == file:  # closing it has unlocked it
                     fcntl.lockf(file, fcntl.LOCK_UN, size, offset)
 
-    def close(self, key: str | None = None) -> None:
-        """Close one file, or all; the next use opens it again."""
+    def close(self) -> None:
+        """Close the files for good: requests that are still on their way find nothing here and keep nothing."""
         with self._lock:
-            for name in [key] if key else list(self._files):
-                if (file := self._files.pop(name, None)) is not None:
-                    os.close(file)
+            self._closed = True
+            self._shut(*self._files)
+
+    def _shut(self, *keys: str) -> None:
+        """Close files; the next use opens them again."""
+        for key in keys:
+            if (file := self._files.pop(key, None)) is not None:
+                os.close(file)
 
     def _file(self, key: str) -> int:
+        if self._closed:
+            raise OSError(errno.EBADF, "closed")
         self._touch()
         if key not in self._files:
             if len(self._files) >= OPEN_FILES:
-                self.close(next(iter(self._files)))
+                self._shut(next(iter(self._files)))
             self.folder.mkdir(parents=True, exist_ok=True)
             self._files[key] = os.open(self.folder / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.utime(self._files[key])
@@ -178,7 +186,7 @@ class DiskCache:
             if os.fstat(file).st_nlink:
                 os.utime(file)
             else:
-                self.close(key)
+                self._shut(key)
 
     def _fits(self, size: int) -> bool:
         if self._room < size and (not self._full or time.monotonic() - self._counted > TOUCH):

@@ -93,8 +93,7 @@ def test_the_cap_keeps_what_is_in_use_and_deletes_the_oldest(tmp_path: Path, mon
     cache.close()
     used = sum(512 * os.stat(tmp_path / name).st_blocks for name in os.listdir(tmp_path))
     assert 60_000 < used <= 100_000
-    assert get(cache, "0", 0, 100) is not None  # nothing that is in use goes
-    cache.close()
+    assert (tmp_path / "0").read_bytes() == BODY  # nothing that is in use goes
     for n, age in (("0", 9000), ("1", 8000), ("2", 4000)):
         os.utime(tmp_path / n, (time.time() - age,) * 2)
     later = DiskCache(tmp_path, 133_334)
@@ -142,6 +141,26 @@ def test_room_for_other_things_stays_on_the_disk(tmp_path: Path, monkeypatch: py
     cache.put("x", 0, BODY)
     assert get(cache, "x", 0, 100) is None
     cache.close()
+
+
+def test_what_is_closed_stays_closed(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that are on their way when a set is closed come back to a cache that opens nothing more."""
+    far, came, go = opened(server), threading.Event(), threading.Event()
+    real = server.fault
+    monkeypatch.setattr(server, "fault", lambda *arguments: (came.set(), go.wait(20), real(*arguments))[2])
+    far.prefetch(range(3))
+    assert came.wait(20)
+    reader = far._far
+    far.close()
+    go.set()
+    (_, coming), *_ = reader._coming.values()
+    assert len(coming.result(20)) == 3
+    assert reader.cache is not None
+    with reader.cache.alone("x", 0, 100):
+        reader.cache.put("x", 0, BODY)
+    assert get(reader.cache, "x", 0, 100) is None
+    assert not reader.cache._files
+    assert not (folder / "x").exists()
 
 
 def test_a_full_disk_is_said_once_and_read_around(

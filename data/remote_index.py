@@ -33,8 +33,7 @@ def looked_at(addresses: Sequence[Address]) -> list[tuple[Object, Path]]:
         DataGone: a store that cannot be reached.
     """
     disk_cache()  # a size that is no number is better known now than by a worker
-    crew, stores = Crew(IN_FLIGHT), {scheme: open_store(scheme) for scheme in {one.scheme for one in addresses}}
-    try:
+    with _together(addresses) as (crew, stores):
         looks = [crew.submit(partial(_look, stores[one.scheme], one)) for one in addresses]
         found = [look.result() for look in looks]
         lost = [str(one) for one, seen in zip(addresses, found, strict=True) if seen is None]
@@ -46,6 +45,14 @@ def looked_at(addresses: Sequence[Address]) -> list[tuple[Object, Path]]:
         pairs = zip(addresses, seen, strict=True)
         paths = [crew.submit(partial(local_index, stores[one.scheme], one, state)) for one, state in pairs]
         return list(zip(seen, [path.result() for path in paths], strict=True))
+
+
+@contextmanager
+def _together(addresses: Sequence[Address]) -> Iterator[tuple[Crew, dict[str, Store]]]:
+    """Threads for several requests at once, and the stores by their scheme."""
+    crew, stores = Crew(IN_FLIGHT), {scheme: open_store(scheme) for scheme in {one.scheme for one in addresses}}
+    try:
+        yield crew, stores
     finally:
         crew.close()
         for store in stores.values():
@@ -78,6 +85,18 @@ def copy_beside(store: Store, address: Address, suffix: str) -> Path | None:
             path, b"".join([_asked(beside, partial(store.read, beside, *piece, state.version)) for piece in pieces])
         )
     return path
+
+
+def copies_beside(addresses: Sequence[Address], suffix: str) -> list[Path] | None:
+    """Copies of the small files beside several shards, as `copy_beside`; None as soon as one has none."""
+    with _together(addresses) as (crew, stores):
+        coming = [crew.submit(partial(copy_beside, stores[one.scheme], one, suffix)) for one in addresses]
+        paths = []
+        for copy in coming:
+            if (path := copy.result()) is None:
+                return None
+            paths.append(path)
+        return paths
 
 
 def build_remote_index(address: Address, missing: str) -> Records:

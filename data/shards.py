@@ -20,7 +20,7 @@ from selfsight.data.decode import BadSample
 from selfsight.data.index import Records, index_path, read_index, read_records
 from selfsight.data.order import Ids, sample_ids
 from selfsight.data.remote import RemoteReader, ShardChanged, Span, Want, changed
-from selfsight.data.remote_index import copy_beside, local_index, looked_at
+from selfsight.data.remote_index import copies_beside, local_index, looked_at
 from selfsight.data.samples import split_clip
 from selfsight.data.spec import find_shards
 from selfsight.data.store import Address, Object, open_store
@@ -90,17 +90,20 @@ class Shards:
         assert index is not None
         return index.with_name(index.name.removesuffix(".idx") + suffix)
 
-    def found_beside(self, shard: int, suffix: str) -> Path | None:
-        """That file, or a local copy of the one that stands beside a remote shard; None where there is none.
+    def found_beside(self, suffix: str) -> list[Path] | None:
+        """Those files of all shards, or local copies of those that stand beside remote ones; None where any has none.
 
         Raises:
             DataError, DataGone: a store that cannot be read.
         """
-        own, path = self.beside(shard, suffix), self.paths[shard]
-        if own.is_file() or isinstance(path, Path):
-            return own if own.is_file() else None
-        with closing(open_store(path.scheme)) as store:
-            return copy_beside(store, path, suffix)
+        own = [self.beside(shard, suffix) for shard in range(len(self.paths))]
+        lacking = [path for path, file in zip(self.paths, own, strict=True) if not file.is_file()]
+        far = [path for path in lacking if isinstance(path, Address)]
+        copies = copies_beside(far, suffix) if len(far) == len(lacking) else None
+        if copies is None:
+            return None
+        found: dict[Path | Address, Path] = dict(zip(lacking, copies, strict=True))
+        return [found.get(path, file) for path, file in zip(self.paths, own, strict=True)]
 
     @property
     def checksums(self) -> list[int]:

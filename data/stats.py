@@ -173,10 +173,10 @@ def read_stats(*sets: Shards) -> Statistics | None:
     """
     total = Statistics()
     for shards in sets:
-        for shard in range(len(shards.paths)):
-            path = shards.found_beside(shard, SUFFIX)
-            if path is None:
-                return None
+        found = shards.found_beside(SUFFIX)
+        if found is None:
+            return None
+        for shard, path in enumerate(found):
             total.add(_read(path, shards.checksums[shard], f"selfsight shards check {shards.paths[shard]} --stats"))
     return total
 

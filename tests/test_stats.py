@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -358,4 +359,26 @@ def test_statistics_of_remote_shards(beside: bool, tmp_path: Path, monkeypatch: 
         found = read_stats(far)
         assert found is not None
         assert found.normalization(5, 8, None)[0] == pytest.approx(flat(images).mean(1) / 255)
+        far.close()
+
+
+def test_statistics_of_many_remote_shards_are_asked_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for each other: an answer is given only when all have been asked for."""
+    monkeypatch.setenv("SELFSIGHT_CACHE", str(tmp_path / "cache"))
+    images = arrays(8, 5, np.uint8)
+    near = packed(tmp_path / "s", images)
+    measured(near)
+    count = len(near.paths)
+    files = {f"/{file.name}": Plan(file.read_bytes(), etag=f'"{file.name}"') for file in (tmp_path / "s").iterdir()}
+    with Server(files) as server:
+        far, together, real = Shards(f"{server.address}/s-{{000000..{count - 1:06}}}.tar"), Barrier(count), server.fault
+        monkeypatch.setattr(server, "fault", lambda *arguments: (together.wait(20), real(*arguments))[1])
+        found = read_stats(far)
+        assert found is not None
+        assert found.samples == 8
+        del files["/s-000000.tar.stats.json"]
+        monkeypatch.setattr(server, "fault", real)
+        assert read_stats(far) is None
         far.close()

@@ -154,7 +154,7 @@ def test_a_page_in_place_of_an_index_is_none(small_shards: Path) -> None:
         for suffix in (".idx", ".stats.json"):
             server.plans[f"/{NAMES[0]}{suffix}"] = Plan(b"<!doctype html>", always=Fault("ignore-range"))
         far = Shards(f"{server.address}/{NAMES[0]}")
-        assert (far.id, far.found_beside(0, ".stats.json")) == (near.id, None)
+        assert (far.id, far.found_beside(".stats.json")) == (near.id, None)
 
 
 def test_check_reads_a_server_as_it_reads_a_disk(far: Shards, small_shards: Path, server: Server) -> None:

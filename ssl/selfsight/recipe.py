@@ -67,12 +67,17 @@ class DataConfig(Section):
     """Use the pixels that `selfsight shards cache` has stored of small images, if it has; the images are the same."""
     fast_decode: bool = False
     """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where every crop stays as large as its view: faster for large photographs, slightly
-    other pixels (extra: pip install 'selfsight[fast]')."""
+    other pixels; without effect beside repeat (extra: pip install 'selfsight[fast]')."""
     decode: Literal["workers", "device"] = "workers"
     """Who decodes JPEGs: loader workers, or the device, by nvJPEG on a GPU; then damaged ones end the run (extra: pip install
     'selfsight[fast]')."""
     bad_share: float = Field(0.001, ge=0, le=1)
     """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
+
+    @property
+    def plain_pixels(self) -> bool:
+        """Whether JPEGs are decoded in full by the workers, so that pixels are the same wherever they come from."""
+        return not self.fast_decode and self.decode == "workers"
 
     @model_validator(mode="after")
     def _something(self) -> "DataConfig":

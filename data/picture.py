@@ -72,7 +72,9 @@ class Picture:
         """
         wanted, planes = self.form.frames, self.planes
         if planes < wanted:
-            raise BadSample(f"{planes} plane{'s' * (planes > 1)}, fewer than the {wanted} that the encoder takes")
+            raise BadSample(
+                f"{planes} plane{'s' * (planes > 1)}, fewer than the {wanted} that the encoder takes (encoder.frames)"
+            )
         step = min(self.step, (planes - 1) // (wanted - 1)) if wanted > 1 else 1
         starts = planes - (wanted - 1) * step
         if moment is not None and starts < MOMENTS:

@@ -222,3 +222,18 @@ def test_a_bad_first_sample_does_not_end_the_advice(tmp_path: Path) -> None:
     write_shards(((body, 0) for body in (cut[:900], *others)), tmp_path, "s")
     parts = assemble(validate(recipe_tree(tmp_path / "s-000000.tar"), "test"), torch.device("cpu"))
     assert subject._faster(parts, parts.batches()) == "more train.workers, or shards built with --short-side"
+
+
+def test_images_of_few_levels_and_clips_are_told(tmp_path: Path, found: Callable[..., dict[str, Finding]]) -> None:
+    deep = [
+        (Image.fromarray((np.random.default_rng(i).random((16, 16)) * 4095).astype(np.uint16)), 0) for i in range(40)
+    ]
+    seen = found(deep, encoder={"channels": 1, "image_size": 16})  # type: ignore[arg-type]
+    assert seen["values"].level == "warning"
+    assert "brightest value of all is 16 of 255" in seen["values"].told
+
+
+def test_a_view_of_clips_shows_one_frame(found: Callable[..., dict[str, Finding]]) -> None:
+    frames = [[image for image, _ in noisy(5, seed=clip)] for clip in range(20)]
+    seen = found([Sample(clip, None) for clip in frames])  # type: ignore[misc]
+    assert seen["clips"] == Finding("note", "clips", "clips of up to 5 frames; a view shows 1 of them")

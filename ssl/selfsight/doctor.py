@@ -41,6 +41,7 @@ STEP_SECONDS, STEPS = 8.0, 5
 FEW_STEPS = 100
 OLD_INDEX = "an index is of an older release; selfsight shards index makes it anew"
 JPEG = b"\xff\xd8\xff"
+DIM = 64  # a brightest value below which 8 bits show only shadows
 VALUES = 1000  # of an image, which tell its statistics well enough
 MICRO = 8  # images in the steps that are timed on a CPU
 COPIES = 4  # of each parameter: itself, its gradient, AdamW's two moments
@@ -86,6 +87,10 @@ def of_index(parts: Parts) -> Iterator[Finding]:
     """What the index alone tells: counts, labels, exact duplicates."""
     samples, labels = parts.shards, parts.shards.labels
     sets = samples.sets if isinstance(samples, Mixture) else [samples]
+    if (frames := max(int(own.frames.max()) for own in sets)) > 1:
+        taken = parts.encoder.preprocessing.frames
+        told = f"clips of up to {frames} frames; a view shows {taken} of them"
+        yield Finding("ok" if taken > 1 else "note", "clips", told)
     kinds = np.unique(labels[labels >= 0])
     shown = f"{len(samples):,} samples in {sum(len(own.paths) for own in sets):,} shards, data id {samples.id}"
     yield Finding("ok", "data", f"{shown}, {f'{len(kinds)} labels' if len(kinds) else 'no labels'}")
@@ -189,7 +194,7 @@ def _of_sizes(sides: NDArray[np.int64], parts: Parts) -> Iterator[Finding]:
     told = f"shorter side {sides.min()} to {sides.max()}, median {median} pixels, for views of {size}"
     if median < size:
         yield Finding("note", "sizes", f"{told}: most images are enlarged; a smaller encoder.image_size costs less")
-    elif median > 3 * size:
+    elif median > 3 * size and parts.encoder.preprocessing.form == Form(parts.encoder.preprocessing.channels):
         short = 2 ** round(np.log2(1.15 * size))
         yield Finding(
             "note", "sizes", f"{told}: selfsight shards build --short-side {max(short, size)} would make decoding cheap"
@@ -209,6 +214,14 @@ def _of_statistics(values: list[NDArray[np.float64]], ids: NDArray[np.int64], pa
     normal = torch.cat(columns, dim=1)
     means, stds = normal.mean(1), normal.std(1)
     told = f"normalised channels have mean {_span(means)} and deviation {_span(stds)}"
+    most = max(int(pixels.max()) for pixels in values)
+    if made.depth == 8 and most < DIM:
+        yield Finding(
+            "warning",
+            "values",
+            f"the brightest value of all is {most} of 255; files of 16 bits that use few of them? "
+            "Try data.depth 16, or data.range for what the files hold",
+        )
     dead = [c for c in range(made.channels) if stds[c] < 1e-3]
     if dead:
         yield Finding("warning", "statistics", f"channels {dead} are constant in all images looked at; {told}")
@@ -248,8 +261,8 @@ def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Findin
     yield Finding(
         "ok", "time", f"the run takes about {_duration(seconds)} on one rank as this one is now, without scoring"
     )
-    if data < 1.2 * compute and workers:
-        yield Finding("warning", "rates", f"{told}: the device will wait for data; {_faster(parts, batches)}")
+    if data < compute and workers:
+        yield Finding("warning", "rates", f"{told}: training will wait for data; {_faster(parts, batches)}")
     else:
         yield Finding("ok", "rates", told)
 

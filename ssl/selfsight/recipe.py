@@ -59,7 +59,7 @@ class DataConfig(Section):
     """Stored values that become 0 and 1 before mean and std, such as -1000, 2000 of a CT; null: all of the depth, and at 32
     the 0.1 and 99.9 percentiles of the shards' own (shards check --stats)."""
     frame_step: int = Field(1, ge=1, le=1024)
-    """Of clips and volumes, planes from one plane of the input to the next."""
+    """Of clips and volumes, planes from one plane of the input to the next; fewer where a clip is too short for it."""
     repeat: int = Field(1, ge=1, le=64)
     """Views of a sample that stand side by side in a batch, each with its own crop, from one decoding (Hoffer et al. 2020). An epoch
     still has as many images as the set has samples, so that each sample comes every `repeat` epochs."""
@@ -82,7 +82,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _something(self) -> "DataConfig":
         if (self.train is None) == (not self.mix):
-            raise ValueError("give either train or mix")
+            raise ValueError("give either train or mix (beside a recipe's own train: --data.train null)")
         if self.mix and self.block > 1:
             raise ValueError("block: the turns of a mixture are shuffled over the epoch; leave it at 1")
         return self

@@ -99,7 +99,7 @@ def decode(body: bytes, form: Form, needs: Needs | None = None) -> Pixels:
         if own is not None:
             return fit(own, form)
         if form.channels not in MODES:
-            raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels}")
+            raise BadSample(f"an image of at most 3 channels; the encoder takes {form.channels} (encoder.channels)")
         pixels = np.asarray(pillow_image(body, MODES[form.channels]))
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     if form.depth == 8:

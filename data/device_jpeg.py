@@ -6,7 +6,7 @@ same batch. On a CPU the decoder is libjpeg-turbo with Pillow's pixels; nvJPEG's
 in floating point: views are the same, their last bits are not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from selfsight.data.decode import MAX_PIXELS, BadSample, Form, decode
 from selfsight.data.jpeg import read_header
 from selfsight.errors import DataError, UsageError
 
+AT_ONCE = 32  # images whose full pixels lie on the device
 MODES = {1: "GRAY", 3: "RGB"}
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -63,7 +64,7 @@ def fill(views: Sequence[Tensor], encoded: Sequence[Encoded], interpolation: str
     Raises:
         DataError: an image that is damaged. Its place cannot be taken by another here: it is found by `shards check`.
     """
-    for image, one in zip(_decoded(encoded, views[0].device, views[0].shape[1]), encoded, strict=True):
+    for image, one in _decoded(encoded, views[0].device, views[0].shape[1]):
         for view, (left, top, right, bottom), flip in zip(views, one.boxes, one.flips, strict=True):
             crop = image[None, :, top:bottom, left:right].float()
             made = F.interpolate(crop, view.shape[-2:], mode=interpolation, antialias=True)[0]
@@ -71,13 +72,15 @@ def fill(views: Sequence[Tensor], encoded: Sequence[Encoded], interpolation: str
             view[one.slot] = (made.flip(-1) if flip else made).to(view.dtype)
 
 
-def _decoded(encoded: Sequence[Encoded], device: torch.device, channels: int) -> list[Tensor]:
+def _decoded(encoded: Sequence[Encoded], device: torch.device, channels: int) -> Iterator[tuple[Tensor, Encoded]]:
     decode_jpeg = require_decoder()
-    try:
-        found: list[Tensor] = decode_jpeg([one.body for one in encoded], mode=MODES[channels], device=device)
-        return found
-    except RuntimeError:  # of one of them; Pillow may take it all the same
-        return [_alone(one, channels).to(device) for one in encoded]
+    for start in range(0, len(encoded), AT_ONCE):
+        some = encoded[start : start + AT_ONCE]
+        try:
+            images = decode_jpeg([one.body for one in some], mode=MODES[channels], device=device)
+        except RuntimeError:  # of one of them; Pillow may take it all the same
+            images = [_alone(one, channels).to(device) for one in some]
+        yield from zip(images, some, strict=True)
 
 
 def _alone(one: Encoded, channels: int) -> Tensor:
@@ -85,5 +88,5 @@ def _alone(one: Encoded, channels: int) -> Tensor:
         return torch.from_numpy(decode(one.body, Form(channels)).copy())
     except BadSample as error:
         raise DataError(
-            f"{one.where}: {error}; data.decode: device has no substitutes: remove it, or set data.decode workers"
+            f"{one.where}: {error}; a device has no substitutes: go on with --data.decode workers --allow-change data.decode"
         ) from None

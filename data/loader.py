@@ -25,12 +25,11 @@ from selfsight.data.device_jpeg import Encoded, size_of
 from selfsight.data.jpeg import Needs
 from selfsight.data.mixture import Samples
 from selfsight.data.order import WINDOW, Ids, rank_positions
-from selfsight.data.picture import Picture
+from selfsight.data.picture import Picture, Shown
 from selfsight.data.pixel_cache import PixelCache
 from selfsight.errors import DataError
 
 ROWS = 256  # of a stored teacher that are made at once
-Window = tuple[Pixels, tuple[int, int] | None]  # with the stored width and height, if they may be others
 READING = -1  # in place of a sample: its bytes are on their way, and nothing is its fault
 SUBSTITUTES = 16  # tries to replace a bad sample; all bad means that the data are
 
@@ -113,7 +112,7 @@ class Batches(Dataset[HostBatch]):
         if self.augmentations is None:
             return self.make(positions, ids, positions)
         groups, place = np.divmod(positions, self.repeat)
-        shown = groups // len(self.shards) * self.repeat + place  # how often the sample was shown before
+        shown = self.shards.epochs(groups, self.seed) * self.repeat + place  # how often the sample was shown before
         return self.make(positions, ids, shown % self.augmentations * len(self.shards) + ids)
 
     def _positions(self, number: int) -> Ids:
@@ -201,14 +200,13 @@ class Batches(Dataset[HostBatch]):
                     encoded.append(left)
                     return [np.zeros((self.form.channels, m.size, m.size), np.uint8) for m in self.makers], candidate
                 picture = pictures[candidate]
-                shown = [
-                    picture.window(places[slot], maker.view.moment)
+                windows = [
+                    picture.shown(places[slot], maker.view.moment)
                     for maker, places in zip(self.makers, drawn.moments, strict=True)
                 ]
             except BadSample as error:
                 bad.append(self._bad(position, candidate, error))
                 continue
-            windows: list[Window] = [(pixels, pictures[candidate].size) for pixels in shown]
             for number, shifts in enumerate(drawn.shifts):
                 if shifts[slot]:
                     windows[number] = self._neighbour(slot, position, candidate, number, drawn, bad) or windows[number]
@@ -219,7 +217,7 @@ class Batches(Dataset[HostBatch]):
     def _left_to_the_device(self, slot: int, sample: int, picture: Picture, drawn: Drawn) -> Encoded | None:
         """What the device needs of an image that it can decode."""
         size = size_of(picture.bodies[0], self.form) if len(picture.bodies) == 1 else None
-        if size is None or any(maker.view.shift or not maker.view.crop_scale for maker in self.makers):
+        if size is None or any(m.view.shift or m.view.moment is not None or not m.view.crop_scale for m in self.makers):
             return None
         rows = [rows[slot] for rows in drawn.crops]
         boxes = [maker.box(*size, row) for maker, row in zip(self.makers, rows, strict=True)]
@@ -231,7 +229,7 @@ class Batches(Dataset[HostBatch]):
 
     def _neighbour(
         self, slot: int, position: int, sample: int, number: int, drawn: Drawn, bad: list[Bad]
-    ) -> Window | None:
+    ) -> Shown | None:
         """What a view shows of a neighbour; None if there is none, or it is bad."""
         other = self.shards.neighbour(sample, drawn.shifts[number][slot])
         if other == sample:
@@ -239,7 +237,7 @@ class Batches(Dataset[HostBatch]):
         needs = partial(needed, self.makers[number : number + 1], [drawn.crops[number][slot : slot + 1]], self.reduce)
         try:
             picture = self._picture(other, needs)
-            return picture.window(drawn.moments[number][slot], self.makers[number].view.moment), picture.size
+            return picture.shown(drawn.moments[number][slot], self.makers[number].view.moment)
         except BadSample as error:
             bad.append(self._bad(position, other, error))
             return None

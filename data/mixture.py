@@ -7,7 +7,7 @@ weighs much is walked through again and again, each sample as often as the other
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import accumulate
 from typing import TypeAlias
@@ -47,18 +47,28 @@ class Mixture:
 
     def ids(self, positions: Ids, seed: int) -> Ids:
         """The samples at `positions` (P,) of a run: (P,)."""
+        ids = np.empty(len(positions), np.int64)
+        for number, mine, turns, key in self._turns(positions, seed):
+            ids[mine] = self.starts[number] + self.sets[number].ids(turns, key)
+        return ids
+
+    def epochs(self, positions: Ids, seed: int) -> Ids:
+        """How often the sample at each position was shown before, of its set: (P,)."""
+        epochs = np.empty(len(positions), np.int64)
+        for number, mine, turns, key in self._turns(positions, seed):
+            epochs[mine] = self.sets[number].epochs(turns, key)
+        return epochs
+
+    def _turns(self, positions: Ids, seed: int) -> Iterator[tuple[int, NDArray[np.bool_], Ids, int]]:
+        """Set by set: its number, which positions are its, their positions within it, and the seed of its order."""
         positions = np.asarray(positions, np.int64)
-        slots = sample_ids(positions, len(self), seed)
-        ends = np.cumsum(self.shares)
+        slots, ends = sample_ids(positions, len(self), seed), np.cumsum(self.shares)
         owner = np.searchsorted(ends, slots, side="right")
-        ids = np.empty_like(slots)
-        for number, (own, share) in enumerate(zip(self.sets, self.shares, strict=True)):
+        for number, share in enumerate(self.shares):
             mine = owner == number
             if mine.any():
-                turn = positions[mine] // len(self) * share + slots[mine] - (ends[number] - share)
-                key = int(keyed.hashes(seed, f"set {number}", [0], 1)[0, 0] >> np.uint64(1))
-                ids[mine] = self.starts[number] + own.ids(turn, key)
-        return ids
+                turns = positions[mine] // len(self) * share + slots[mine] - (ends[number] - share)
+                yield number, mine, turns, int(keyed.hashes(seed, f"set {number}", [0], 1)[0, 0] >> np.uint64(1))
 
     def set_of(self, ids: Ids) -> Ids:
         """Which set each sample (P,) is of."""

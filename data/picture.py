@@ -8,6 +8,7 @@ import numpy as np
 from selfsight.data.decode import BadSample, Form, Pixels, decode
 from selfsight.data.jpeg import Need, Needs
 
+Shown = tuple[Pixels, tuple[int, int] | None]  # with the stored width and height, if they may be others
 MOMENTS = 3  # in order, that views of a clip may share
 
 
@@ -23,9 +24,8 @@ class Picture:
 
     def __init__(self, bodies: Sequence[bytes], form: Form, step: int = 1, needs: Needs | None = None) -> None:
         self.bodies, self.form, self.step, self.needs = bodies, form, step, needs
-        self.size: tuple[int, int] | None = None
-        """Width and height as stored, where the pixels may be fewer by what was needed."""
-        self._frames: dict[int, Pixels] = {}
+        self._size: tuple[int, int] | None = None
+        self._frames: dict[int, tuple[Pixels, tuple[int, int] | None]] = {}
 
     @classmethod
     def of(cls, pixels: Pixels, form: Form) -> "Picture":
@@ -41,7 +41,7 @@ class Picture:
 
     def _asked(self, width: int, height: int) -> Need:
         assert self.needs is not None
-        self.size = width, height
+        self._size = width, height
         return self.needs(width, height)
 
     @property
@@ -56,8 +56,12 @@ class Picture:
         return self.whole.shape[1] if self.whole.ndim == 4 else 1
 
     def window(self, place: float, moment: int | None = None) -> Pixels:
+        """`shown` without the stored size."""
+        return self.shown(place, moment)[0]
+
+    def shown(self, place: float, moment: int | None = None) -> Shown:
         """The planes of a view, which starts at `place` (0 the first, 1 the last possible): (C, H, W) for an encoder of
-        one plane, else (C, frames, H, W).
+        one plane, else (C, frames, H, W); and width and height as stored, where the pixels may be fewer by what was needed.
 
         Args:
             moment: it is the first, second or third of three, which never start at the same plane: no one could tell
@@ -68,7 +72,9 @@ class Picture:
         """
         wanted, planes = self.form.frames, self.planes
         if planes < wanted:
-            raise BadSample(f"{planes} plane{'s' * (planes > 1)}, fewer than the {wanted} that the encoder takes")
+            raise BadSample(
+                f"{planes} plane{'s' * (planes > 1)}, fewer than the {wanted} that the encoder takes (encoder.frames)"
+            )
         step = min(self.step, (planes - 1) // (wanted - 1)) if wanted > 1 else 1
         starts = planes - (wanted - 1) * step
         if moment is not None and starts < MOMENTS:
@@ -77,24 +83,25 @@ class Picture:
         first = min(int(place * starts), starts - 1) + shift
         return self._take(range(first, first + wanted * step, step))
 
-    def _take(self, planes: range) -> Pixels:
+    def _take(self, planes: range) -> Shown:
         if len(self.bodies) == 1:
-            if self.whole.ndim == 3:
-                return self.whole
-            return (
-                self.whole[:, planes[0]]
-                if self.form.frames == 1
-                else self.whole[:, planes.start : planes.stop : planes.step]
-            )
-        frames = [self._frame(plane) for plane in planes]
-        if len({frame.shape for frame in frames}) > 1:
-            raise BadSample(f"frames of different sizes: {', '.join(str(frame.shape) for frame in frames[:4])}")
-        return frames[0] if self.form.frames == 1 else np.stack(frames, axis=1)
+            whole = self.whole
+            if whole.ndim == 4:
+                whole = (
+                    whole[:, planes[0]] if self.form.frames == 1 else whole[:, planes.start : planes.stop : planes.step]
+                )
+            return whole, self._size
+        frames, sizes = zip(*(self._frame(plane) for plane in planes), strict=True)
+        shapes = [frame.shape for frame in frames]
+        if len({*zip(shapes, sizes, strict=True)}) > 1:
+            raise BadSample(f"frames of different sizes: {', '.join(map(str, shapes[:4]))}")
+        return frames[0] if self.form.frames == 1 else np.stack(frames, axis=1), sizes[0]
 
-    def _frame(self, plane: int) -> Pixels:
+    def _frame(self, plane: int) -> tuple[Pixels, tuple[int, int] | None]:
         if plane not in self._frames:
+            self._size = None
             frame = decode(self.bodies[plane], self.form, self._asked if self.needs else None)
             if frame.ndim != 3:
                 raise BadSample(f"frame {plane} of the clip is itself a stack of {frame.shape[1]} planes")
-            self._frames[plane] = frame
+            self._frames[plane] = frame, self._size
         return self._frames[plane]

@@ -122,20 +122,25 @@ class Shards:
         """The samples at `positions` (P,) of a run: (P,), each once an epoch."""
         return sample_ids(positions, len(self), seed, self.block)
 
+    def epochs(self, positions: Ids, seed: int) -> Ids:
+        """How often the sample at each position was shown before: (P,)."""
+        return positions // len(self)
+
     @property
     def labels(self) -> NDArray[np.int32]:
         """Label of every sample (N,), -1 where there is none."""
         return np.concatenate([records["label"] for records in self._records]).astype(np.int32)
 
     @property
+    def fingerprinted(self) -> bool:
+        """Whether the indexes say more of contents than a checksum; those of older releases do not."""
+        return all(bool((records["print"] > 0).all()) for records in self._records)
+
+    @property
     def prints(self) -> NDArray[np.uint64]:
         """Size and fingerprint of every sample as one number (N,): of equal samples the same, of others hardly ever."""
         return np.concatenate(
-            [
-                records["size"].astype(np.uint64) << np.uint64(32)
-                | np.where(records["print"] > 0, records["print"], records["crc"])
-                for records in self._records
-            ]
+            [records["size"].astype(np.uint64) << np.uint64(32) | records["print"] for records in self._records]
         )
 
     @property

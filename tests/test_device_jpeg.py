@@ -113,6 +113,8 @@ def test_what_the_device_takes(made: Callable[[], bytes], form: Form, taken: boo
 
 
 def test_views_without_a_box_of_their_own_go_the_usual_way(shards: Shards) -> None:
+    with pytest.raises(DataError, match="too few for 3 moments"):
+        replace(batches(shards, True), makers=(ViewMaker(View(moment=1), 0, 24, "bicubic", 5),))[0]
     for view in (View(crop_scale=None), View(shift=1)):
         plain = replace(batches(shards, True), makers=(ViewMaker(view, 0, 24, "bicubic", 5),))
         assert not plain[0].encoded
@@ -122,7 +124,7 @@ def test_a_damaged_image_ends_the_run_with_its_place(shards: Shards) -> None:
     cut = body(picture(1))[:700]
     fine = Encoded(0, body(picture(0)), [(0, 0, 60, 44)], [False], "a.tar@512")
     views = [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)]
-    with pytest.raises(DataError, match=r"b\.tar@1024: .*set data\.decode workers"):
+    with pytest.raises(DataError, match=r"b\.tar@1024: .*--data\.decode workers --allow-change data\.decode"):
         fill(views, [fine, Encoded(1, cut, [(0, 0, 60, 44)], [False], "b.tar@1024")], "bicubic")
     fill(views, [fine], "bicubic")
     assert views[0][0].any()

@@ -804,6 +804,14 @@ def test_an_interrupted_writer_leaves_no_folder(tmp_path: Path) -> None:
     teacher.require({"seed": 3})
     with pytest.raises(UsageError, match=r"another recipe: seed \(was 3, is 4\)"):
         teacher.require({"seed": 4})
+    teacher.require({"seed": 3, "depth": 8})  # what older outputs do not say was so
+    for key, value, was in (("range", [0, 4000], None), ("plain_pixels", False, True), ("frames", 8, 1)):
+        with pytest.raises(UsageError, match=rf"another recipe: {key}\S* \(was {was}"):
+            teacher.require({"seed": 3, key: value})
+    teacher.of["frames"] = 8
+    with pytest.raises(UsageError, match=r"another recipe: frames \(was 8, is 1\)"):
+        teacher.require({"seed": 3})
+    del teacher.of["frames"]
     found = teacher(torch.tensor([4, 0, 1]), CPU)
     assert found["embedding"].tolist() == [[9.0, 10.0], [0.0, 1.0], [2.0, 3.0]]
     assert (found["classes"].tolist(), found["classes"].dtype) == ([[0], [5], [70_000]], torch.int64)

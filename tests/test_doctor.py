@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,59 @@ def test_slow_data_get_advice_that_fits_them(
     if not library:
         monkeypatch.setattr(jpeg, "library", lambda: None)
     assert told.format(spec=spec) in subject._faster(parts, parts.batches())
+
+
+def test_an_index_of_an_older_release_knows_no_duplicates(
+    found: Callable[..., dict[str, Finding]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfsight.data.samples.fingerprint", lambda body: 0)
+    seen = found(copies())
+    assert seen["duplicates"].level == "note"
+    assert "not known: an index is of an older release" in seen["duplicates"].told
+
+
+def test_repeats_show_fewer_samples(found: Callable[..., dict[str, Finding]]) -> None:
+    seen = found(noisy(800), data={"repeat": 8}, train={"batch_size": 8, "steps": 150})
+    assert "each sample comes 0.2 times, 8 views at once" in seen["schedule"].told
+    assert seen["schedule"].level == "note"
+
+
+def test_each_set_of_a_mixture_is_normalised_by_its_own(tmp_path: Path) -> None:
+    mix = []
+    for name, shift in (("dark", 0), ("light", 150)):
+        pixels = [(image.point(lambda value, add=shift: value // 4 + add), 0) for image, _ in noisy(30, seed=shift)]
+        write_shards(iter(pixels), tmp_path, name, per_shard=100)
+        mean = (31.5 + shift) / 255
+        mix.append({"train": str(tmp_path / f"{name}-000000.tar"), "mean": [mean] * 3, "std": [18.5 / 255] * 3})
+    tree = recipe_tree(tmp_path / "x.tar") | {"data": {"mix": mix}}
+    parts = assemble(validate(tree, "test"), torch.device("cpu"))
+    seen = {finding.topic: finding for finding in subject.of_images(parts)}
+    assert seen["statistics"].level == "ok", seen
+
+
+def jpeg_of(image: Image.Image) -> bytes:
+    out = BytesIO()
+    image.save(out, "JPEG")
+    return out.getvalue()
+
+
+def test_a_bad_first_sample_does_not_end_the_advice(tmp_path: Path) -> None:
+    cut, *others = (jpeg_of(image) for image, _ in noisy(10, size=80))
+    write_shards(((body, 0) for body in (cut[:900], *others)), tmp_path, "s")
+    parts = assemble(validate(recipe_tree(tmp_path / "s-000000.tar"), "test"), torch.device("cpu"))
+    assert subject._faster(parts, parts.batches()) == "more train.workers, or shards built with --short-side"
+
+
+def test_images_of_few_levels_and_clips_are_told(tmp_path: Path, found: Callable[..., dict[str, Finding]]) -> None:
+    deep = [
+        (Image.fromarray((np.random.default_rng(i).random((16, 16)) * 4095).astype(np.uint16)), 0) for i in range(40)
+    ]
+    seen = found(deep, encoder={"channels": 1, "image_size": 16})  # type: ignore[arg-type]
+    assert seen["values"].level == "warning"
+    assert "brightest value of all is 16 of 255" in seen["values"].told
+
+
+def test_a_view_of_clips_shows_one_frame(found: Callable[..., dict[str, Finding]]) -> None:
+    frames = [[image for image, _ in noisy(5, seed=clip)] for clip in range(20)]
+    seen = found([Sample(clip, None) for clip in frames])  # type: ignore[misc]
+    assert seen["clips"] == Finding("note", "clips", "clips of up to 5 frames; a view shows 1 of them")

@@ -433,3 +433,12 @@ def test_eval_from_the_command_line(
     assert "random-init" in shown.out
     assert "pixels" in shown.out
     assert "kNN: cosine" in shown.err
+
+
+def test_test_images_in_train_are_told(encoder: Encoder) -> None:
+    told: list[str] = []
+    evaluate(encoder, "digits:test", "digits:test", evaluators=["knn"], say=told.append)
+    assert "warning: 359 of the 359 test images are in train, too; their score is worth little" in told
+    told.clear()
+    evaluate(encoder, "digits:train", "digits:test", evaluators=["knn"], say=told.append)
+    assert not any("warning" in line for line in told)

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from selfsight.assemble import assemble
 from selfsight.data.build import write_shards
+from selfsight.data.decode import Form
 from selfsight.data.mixture import Mixture, proportional
+from selfsight.data.pixel_cache import build_cache
 from selfsight.data.shards import Shards
 from selfsight.errors import UsageError
 from selfsight.recipe import Recipe, validate
@@ -139,3 +141,53 @@ def test_bad_statistics_are_refused(folders: list[Path], tmp_path: Path, values:
     mix = [{"train": str(folders[0])}, {"train": str(folders[1])} | values]
     with pytest.raises(UsageError, match=r"data\.mix: (mean|std)"):
         assemble(recipe(folders, tmp_path, mix=mix), torch.device("cpu")).placer(torch.device("cpu"))
+
+
+def test_how_often_a_sample_was_shown_is_counted_by_its_set(folders: list[Path]) -> None:
+    """A small set of much weight comes many times an epoch; each time counts."""
+    mixture = Mixture(sets(folders), (1.0, 3.0))
+    positions = np.arange(37 * 6)
+    seen: Counter[int] = Counter()
+    epochs = mixture.epochs(positions, 2)
+    for sample, epoch in zip(mixture.ids(positions, 2).tolist(), epochs.tolist(), strict=True):
+        assert epoch >= 0
+        seen[sample, epoch] += 1  # type: ignore[index]
+    assert max(seen.values()) == 1
+    first, _ = sets(folders)
+    assert np.array_equal(first.epochs(np.arange(90), 1), np.arange(90) // 30)
+
+
+def test_objectives_that_want_pixels_back_refuse_statistics_of_each_set(folders: list[Path], tmp_path: Path) -> None:
+    mix = [{"train": str(folders[0])}, {"train": str(folders[1]), "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.25]}]
+    tree = recipe(folders, tmp_path, mix=mix).model_dump(mode="json")
+    mae = {"name": "mae", "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
+    for objective in (
+        mae | {"loss": "ms-ssim"},
+        {"name": "joint", "parts": {"a": {"objective": mae | {"loss": "ms-ssim"}}}},
+    ):
+        with pytest.raises(UsageError, match="needs one mean and std for all sets"):
+            assemble(validate(tree | {"objective": objective}, "test"), torch.device("cpu"))
+    assemble(validate(tree | {"objective": mae}, "test"), torch.device("cpu"))
+
+
+def test_a_cache_is_not_used_where_pixels_would_differ(folders: list[Path], tmp_path: Path) -> None:
+    shards = Shards(str(folders[0]))
+    build_cache(shards, Form(3))
+    for more, used in (
+        ({}, True),
+        ({"cache": "off"}, False),
+        ({"fast_decode": True}, False),
+        ({"decode": "device"}, False),
+    ):
+        tree = recipe(folders, tmp_path).model_dump(mode="json")
+        tree["data"] |= {"train": str(folders[0]), "mix": []} | more
+        batches = assemble(validate(tree, "test"), torch.device("cpu")).batches()
+        assert (batches.cache is not None) == used
+
+
+def test_reduced_decoding_is_off_beside_repeats(folders: list[Path], tmp_path: Path) -> None:
+    """The crops that may reduce an image would be those of its repeats in the same micro-batch."""
+    tree = recipe(folders, tmp_path).model_dump(mode="json")
+    for repeat, reduced in ((1, True), (2, False)):
+        tree["data"] |= {"fast_decode": True, "repeat": repeat}
+        assert assemble(validate(tree, "test"), torch.device("cpu")).batches().reduce == reduced

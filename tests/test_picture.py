@@ -4,6 +4,7 @@ Mutations that these tests caught when they were tried: a step that is not short
 the middle of evaluation shifted, moments not sorted or not shared, a frame decoded twice, sizes not compared.
 """
 
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from selfsight.data import picture as subject
-from selfsight.data.crops import ViewMaker
+from selfsight.data.crops import Drawn, ViewMaker, needed
 from selfsight.data.decode import BadSample, Form
 from selfsight.data.picture import Picture
 from selfsight.data.views import View
@@ -119,3 +120,24 @@ def test_three_moments_are_in_order_and_shared_and_others_are_each_views_own() -
     alone = [places_of(ViewMaker(View(), number, 8, "bicubic", 3), 2000) for number in (0, 1)]
     assert abs(np.corrcoef(*alone)[0, 1]) < 0.1
     assert places_of(ViewMaker(View(), 0, 8, "bicubic", 3), 5).tolist() == alone[0][:5].tolist()
+
+
+def test_frames_of_clips_of_several_sizes_are_cropped_by_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views show different frames; each is decoded for the rows that crops of its size show."""
+    rng = np.random.default_rng(0)
+    bodies = []
+    for height, width in ((200, 300), (80, 60), (150, 90)):
+        out = BytesIO()
+        small = Image.fromarray(rng.integers(0, 256, (9, 7, 3), np.uint8)).resize((width, height))
+        small.save(out, "JPEG")
+        bodies.append(out.getvalue())
+    makers = [ViewMaker(View(moment=m, crop_scale=(0.1, 0.4)), m, 24, "bicubic", 3) for m in (0, 1, 2)]  # type: ignore[arg-type]
+    for key in range(12):
+        drawn = Drawn.of(makers, np.array([key]))
+        needs = partial(needed, makers, drawn.crops, False)
+        partly, whole = Picture(bodies, Form(3), 1, needs), Picture(bodies, Form(3))
+        shown = [partly.shown(places[0], m) for m, places in enumerate(drawn.moments)]
+        for number, maker in enumerate(makers):
+            row = drawn.crops[number][0]
+            expected = maker(whole.window(drawn.moments[number][0], number), row)
+            assert np.array_equal(maker(shown[number][0], row, shown[number][1]), expected)

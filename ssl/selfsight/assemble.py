@@ -84,8 +84,9 @@ class Parts:
             augmentations=self.objective.augmentations,
             step=made.step,
             repeat=data.repeat,
-            reduce=data.fast_decode,
-            cache=find_cache(self.shards, made.form) if data.cache == "auto" else None,
+            reduce=data.fast_decode and data.repeat == 1,  # else it would depend on which repeats share a micro-batch
+            # Reduced pixels and those of a device are not the cache's.
+            cache=find_cache(self.shards, made.form) if data.cache == "auto" and data.plain_pixels else None,
             encode=data.decode == "device",
         )  # fmt: skip
 
@@ -234,7 +235,9 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         objective = build_objective(recipe.objective, encoder)
     moments = any(view.moment is not None for view in objective.views)
     clips = has_planes(shards, encoder.preprocessing) if moments else None
-    notes += objective.check(Setting(batch // recipe.train.accumulate, shards.id, recipe.seed, clips))
+    notes += objective.check(
+        Setting(batch // recipe.train.accumulate, shards.id, recipe.seed, clips, recipe.data.plain_pixels)
+    )
     if any(view.shift for view in objective.views):
         notes.append("view.shift: neighbours are told by label; labels must be clips, not classes that are scored")
     if not objective.uses_head:
@@ -243,6 +246,11 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         raise UsageError(
             f"train.deterministic: {recipe.encoder.name} has batch norms, whose running statistics each process makes of its "
             "own images; choose a vit_*, or leave train.deterministic at 0"
+        )
+    if objective.uses_pixels and any(part.mean or part.std for part in recipe.data.mix):
+        raise UsageError(
+            f"data.mix: {objective.config.name} turns views back into pixels, which needs one mean and std for all sets; "
+            "give data.mean and data.std"
         )
     objective.to(device)
     average = copy.deepcopy(encoder).requires_grad_(False) if recipe.train.ema else None

@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from shutil import disk_usage
@@ -38,7 +39,9 @@ from selfsight.recipe import Recipe, load
 IMAGES, IMAGE_SECONDS = 256, 6.0
 STEP_SECONDS, STEPS = 8.0, 5
 FEW_STEPS = 100
+OLD_INDEX = "an index is of an older release; selfsight shards index makes it anew"
 JPEG = b"\xff\xd8\xff"
+DIM = 64  # a brightest value below which 8 bits show only shadows
 VALUES = 1000  # of an image, which tell its statistics well enough
 MICRO = 8  # images in the steps that are timed on a CPU
 COPIES = 4  # of each parameter: itself, its gradient, AdamW's two moments
@@ -84,6 +87,10 @@ def of_index(parts: Parts) -> Iterator[Finding]:
     """What the index alone tells: counts, labels, exact duplicates."""
     samples, labels = parts.shards, parts.shards.labels
     sets = samples.sets if isinstance(samples, Mixture) else [samples]
+    if (frames := max(int(own.frames.max()) for own in sets)) > 1:
+        taken = parts.encoder.preprocessing.frames
+        told = f"clips of up to {frames} frames; a view shows {taken} of them"
+        yield Finding("ok" if taken > 1 else "note", "clips", told)
     kinds = np.unique(labels[labels >= 0])
     shown = f"{len(samples):,} samples in {sum(len(own.paths) for own in sets):,} shards, data id {samples.id}"
     yield Finding("ok", "data", f"{shown}, {f'{len(kinds)} labels' if len(kinds) else 'no labels'}")
@@ -96,6 +103,9 @@ def of_index(parts: Parts) -> Iterator[Finding]:
             )
         else:
             yield Finding("ok", "order", f"{told}; the order of the run is a full shuffle")
+    if not all(own.fingerprinted for own in sets):
+        yield Finding("note", "duplicates", f"not known: {OLD_INDEX}")
+        return
     prints = np.concatenate([own.prints for own in sets])
     copies = len(prints) - len(np.unique(prints))
     level: Level = "warning" if copies > len(prints) / 100 else "note" if copies else "ok"
@@ -105,14 +115,20 @@ def of_index(parts: Parts) -> Iterator[Finding]:
 def of_schedule(parts: Parts) -> Iterator[Finding]:
     """How long the run is, in steps and passes."""
     batch, samples, steps = parts.recipe.train.batch_size, len(parts.shards), parts.steps
+    repeat = parts.recipe.data.repeat
     told = (
         f"{steps:,} steps of {batch:,} images, {samples / batch:,.1f} steps an epoch, {parts.epoch(steps):.1f} epochs"
+    )
+    told += (
+        f", in which each sample comes {parts.epoch(steps) / repeat:.1f} times, {repeat} views at once"
+        if repeat > 1
+        else ""
     )
     if steps < FEW_STEPS:
         yield Finding(
             "warning", "schedule", f"{told}: too few to learn much; more epochs, or a smaller train.batch_size"
         )
-    elif parts.epoch(steps) < 1:
+    elif parts.epoch(steps) < repeat:
         yield Finding("note", "schedule", f"{told}: some images are never seen")
     else:
         yield Finding("ok", "schedule", told)
@@ -123,9 +139,13 @@ def of_overlap(parts: Parts) -> Iterator[Finding]:
     scored = parts.recipe.eval
     if not scored.test or scored.train is None:
         return
-    test = Shards(scored.test).prints
+    tested = Shards(scored.test)
     for name, spec in (("data.train", None), ("eval.train", scored.train)):
         sets = [Shards(spec)] if spec else getattr(parts.shards, "sets", [parts.shards])
+        if not all(own.fingerprinted for own in (tested, *sets)):
+            yield Finding("note", "overlap", f"of eval.test and {name}: not known: {OLD_INDEX}")
+            continue
+        test = tested.prints
         shared = int(np.isin(test, np.concatenate([own.prints for own in sets])).sum())
         level: Level = "warning" if shared else "ok"
         yield Finding(level, "overlap", f"{shared:,} of {len(test):,} images of eval.test are in {name}, too")
@@ -136,7 +156,7 @@ def of_images(parts: Parts) -> Iterator[Finding]:
     made, samples = parts.encoder.preprocessing, parts.shards
     ids = np.unique(keyed.hashes(0, "doctor", np.arange(IMAGES), 1)[:, 0] % np.uint64(len(samples))).astype(int)
     end, read, bad = time.monotonic() + IMAGE_SECONDS, 0, Counter[str]()
-    constant, sides, values = 0, [], []
+    constant, sides, values, of = 0, [], [], []
     samples.prefetch(ids)
     for sample in ids.tolist():
         if time.monotonic() > end:
@@ -151,6 +171,7 @@ def of_images(parts: Parts) -> Iterator[Finding]:
         sides.append(min(pixels.shape[-2:]))
         flat = pixels.reshape(len(pixels), -1)
         values.append(flat[:, :: 1 + flat.shape[1] // VALUES].astype(np.float64))
+        of.append(sample)
     if bad:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in bad.most_common(3))
         level: Level = "problem" if bad.total() / read > max(parts.recipe.data.bad_share, 0.05) else "warning"
@@ -165,7 +186,7 @@ def of_images(parts: Parts) -> Iterator[Finding]:
             "warning", "images", f"{constant} of {read} images are one constant value: nothing can be learned from them"
         )
     yield from _of_sizes(np.array(sides), parts)
-    yield from _of_statistics(np.concatenate(values, axis=1), parts)
+    yield from _of_statistics(values, np.array(of), parts)
 
 
 def _of_sizes(sides: NDArray[np.int64], parts: Parts) -> Iterator[Finding]:
@@ -173,7 +194,7 @@ def _of_sizes(sides: NDArray[np.int64], parts: Parts) -> Iterator[Finding]:
     told = f"shorter side {sides.min()} to {sides.max()}, median {median} pixels, for views of {size}"
     if median < size:
         yield Finding("note", "sizes", f"{told}: most images are enlarged; a smaller encoder.image_size costs less")
-    elif median > 3 * size:
+    elif median > 3 * size and parts.encoder.preprocessing.form == Form(parts.encoder.preprocessing.channels):
         short = 2 ** round(np.log2(1.15 * size))
         yield Finding(
             "note", "sizes", f"{told}: selfsight shards build --short-side {max(short, size)} would make decoding cheap"
@@ -182,14 +203,25 @@ def _of_sizes(sides: NDArray[np.int64], parts: Parts) -> Iterator[Finding]:
         yield Finding("ok", "sizes", told)
 
 
-def _of_statistics(values: NDArray[np.float64], parts: Parts) -> Iterator[Finding]:
+def _of_statistics(values: list[NDArray[np.float64]], ids: NDArray[np.int64], parts: Parts) -> Iterator[Finding]:
     """Whether normalised pixels are about standard: far from it, learning is slow or does not start."""
-    made = parts.encoder.preprocessing
-    pixels = torch.from_numpy(values).view(made.channels, -1, 1)
-    mean, std = (statistic.reshape(-1, 1, 1) for statistic in made.statistics(torch.device("cpu")))
-    normal = normalize(pixels, mean, std, made.values).flatten(1)
+    made, place = parts.encoder.preprocessing, parts.placer(torch.device("cpu"))
+    columns = []
+    for sample, pixels in zip(ids, values, strict=True):
+        own = place.samples.set_of(np.array([sample]))[0] if place.samples else ...
+        mean_of, std_of = (statistic[own].reshape(-1, 1, 1) for statistic in (place.mean, place.std))
+        columns.append(normalize(torch.from_numpy(pixels)[None, :, :, None], mean_of, std_of, made.values)[0, :, :, 0])
+    normal = torch.cat(columns, dim=1)
     means, stds = normal.mean(1), normal.std(1)
     told = f"normalised channels have mean {_span(means)} and deviation {_span(stds)}"
+    most = max(int(pixels.max()) for pixels in values)
+    if made.depth == 8 and most < DIM:
+        yield Finding(
+            "warning",
+            "values",
+            f"the brightest value of all is {most} of 255; files of 16 bits that use few of them? "
+            "Try data.depth 16, or data.range for what the files hold",
+        )
     dead = [c for c in range(made.channels) if stds[c] < 1e-3]
     if dead:
         yield Finding("warning", "statistics", f"channels {dead} are constant in all images looked at; {told}")
@@ -224,12 +256,13 @@ def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Findin
     one = some.batch_size / _fastest(lambda number: some[number], 3)
     data = one * max(1, workers)
     told = f"one rank computes {compute:,.0f} images/s; {workers} workers of {one:,.0f} images/s read {data:,.0f}"
-    seconds = parts.steps * parts.recipe.train.batch_size / min(compute, data)
+    rate = min(compute, data) if workers else 1 / (1 / compute + 1 / one)  # without workers one waits for the other
+    seconds = parts.steps * parts.recipe.train.batch_size / rate
     yield Finding(
         "ok", "time", f"the run takes about {_duration(seconds)} on one rank as this one is now, without scoring"
     )
-    if data < 1.2 * compute and workers:
-        yield Finding("warning", "rates", f"{told}: the device will wait for data; {_faster(parts, batches)}")
+    if data < compute and workers:
+        yield Finding("warning", "rates", f"{told}: training will wait for data; {_faster(parts, batches)}")
     else:
         yield Finding("ok", "rates", told)
 
@@ -237,16 +270,16 @@ def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Findin
 def _faster(parts: Parts, batches: Batches) -> str:
     """What would make the data faster."""
     samples, made = parts.shards, parts.encoder.preprocessing
-    body = samples.images(0, samples.read(0))[0]
-    if (
-        not batches.cache
-        and made.form == Form(made.channels)
-        and max(decode(body, made.form).shape[1:]) <= LARGEST_SIDE
-    ):
-        return f"selfsight shards cache {samples.spec} --channels {made.channels} would decode them once and for all"
+    body, plain = samples.images(0, samples.read(0))[0], made.form == Form(made.channels)
+    with suppress(BadSample):
+        small = plain and max(decode(body, made.form).shape[1:]) <= LARGEST_SIDE
+        if small and not batches.cache and not isinstance(samples, Mixture):
+            return (
+                f"selfsight shards cache {samples.spec} --channels {made.channels} would decode them once and for all"
+            )
     if body.startswith(JPEG) and jpeg.library() is None:
         return "pip install 'selfsight[fast]' decodes JPEGs a third faster"
-    return "more train.workers, or shards built with --short-side"
+    return "more train.workers" + (", or shards built with --short-side" if plain else "")
 
 
 def timed_steps(parts: Parts, batches: Batches, accelerator: Accelerator) -> tuple[float, int]:

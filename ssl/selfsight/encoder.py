@@ -386,7 +386,10 @@ def preprocessing_of(data: DataConfig, encoder: EncoderConfig) -> Preprocessing:
     std = data.std or (IMAGENET_STD if channels == 3 else (0.5,) * channels)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
-            raise UsageError(f"data.{name}: has {len(values)} values for {channels} channels")
+            raise UsageError(
+                f"data.{name}: has {len(values)} values for {channels} channels; give as many, or take the default with "
+                f"--data.mean null --data.std null"
+            )
     if min(std) <= 0:
         raise UsageError("data.std: must be above 0")
     shown = data.interpolation, data.crop_pct, data.depth, data.range

@@ -57,6 +57,8 @@ def _kind(annotation: Any) -> str:
         if isinstance(annotation, type) and not getattr(annotation, "__args__", None)
         else str(annotation)
     )
+    if text.startswith("dict["):
+        return "a mapping"
     return text.replace("typing.", "").replace("Literal", "one of ").replace(" | None", " or null")
 
 

@@ -12,6 +12,7 @@ from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import evaluate
 from selfsight.export import export, load_encoder, timm_line
 from selfsight.faults import faultpoint
+from selfsight.quarantine import replaced
 from selfsight.recipe import load
 from selfsight.report import write_report
 from selfsight.run_folder import write_atomically
@@ -49,6 +50,8 @@ def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
             device=device,
             say=console.say,
         )
+    if told := replaced(folder):
+        console.say(f"warning: {told} ({folder / 'quarantine.jsonl'})")
     write_report(parts, scores["scores"], device)
     write_atomically(scores_file, json.dumps(scores, indent=1))
     console.say(f"report: {folder / 'report.html'}\nload it: {timm_line(folder / 'encoder')}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from selfsight.console import say
 from selfsight.data.loader import Bad, HostBatch
 from selfsight.errors import DataError
+from selfsight.run_folder import read_lines
 
 LEAST = 10  # bad samples that are always borne
 NAMED = 3  # reasons and shards that the message lists
@@ -68,6 +69,15 @@ class Quarantine:
             if not self._mute:
                 say(f"{self.path}: cannot be written ({error.strerror}); training goes on, bad samples are counted")
             self._mute = True
+
+
+def replaced(folder: Path) -> str:
+    """What quarantine.jsonl of a run folder says, in a line; empty if no sample was replaced."""
+    lines = read_lines(folder / "quarantine.jsonl")
+    reasons = {line["sample"]: str(line["reason"]) for line in lines if "sample" in line and "reason" in line}
+    if not reasons:
+        return ""
+    return f"{len(reasons):,} samples could not be used and were replaced: {_most(map(_kind, reasons.values()))}"
 
 
 def _kind(reason: str) -> str:

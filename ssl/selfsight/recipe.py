@@ -59,7 +59,7 @@ class DataConfig(Section):
     """Stored values that become 0 and 1 before mean and std, such as -1000, 2000 of a CT; null: all of the depth, and at 32
     the 0.1 and 99.9 percentiles of the shards' own (shards check --stats)."""
     frame_step: int = Field(1, ge=1, le=1024)
-    """Of clips and volumes, planes from one plane of the input to the next."""
+    """Of clips and volumes, planes from one plane of the input to the next; fewer where a clip is too short for it."""
     repeat: int = Field(1, ge=1, le=64)
     """Views of a sample that stand side by side in a batch, each with its own crop, from one decoding (Hoffer et al. 2020). An epoch
     still has as many images as the set has samples, so that each sample comes every `repeat` epochs."""
@@ -67,17 +67,22 @@ class DataConfig(Section):
     """Use the pixels that `selfsight shards cache` has stored of small images, if it has; the images are the same."""
     fast_decode: bool = False
     """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where every crop stays as large as its view: faster for large photographs, slightly
-    other pixels (extra: pip install 'selfsight[fast]')."""
+    other pixels; without effect beside repeat (extra: pip install 'selfsight[fast]')."""
     decode: Literal["workers", "device"] = "workers"
     """Who decodes JPEGs: loader workers, or the device, by nvJPEG on a GPU; then damaged ones end the run (extra: pip install
     'selfsight[fast]')."""
     bad_share: float = Field(0.001, ge=0, le=1)
     """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
 
+    @property
+    def plain_pixels(self) -> bool:
+        """Whether JPEGs are decoded in full by the workers, so that pixels are the same wherever they come from."""
+        return not self.fast_decode and self.decode == "workers"
+
     @model_validator(mode="after")
     def _something(self) -> "DataConfig":
         if (self.train is None) == (not self.mix):
-            raise ValueError("give either train or mix")
+            raise ValueError("give either train or mix (beside a recipe's own train: --data.train null)")
         if self.mix and self.block > 1:
             raise ValueError("block: the turns of a mixture are shuffled over the epoch; leave it at 1")
         return self

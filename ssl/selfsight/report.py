@@ -23,6 +23,7 @@ from selfsight.data.placer import normalize
 from selfsight.eval.features import CentralCrops
 from selfsight.export import timm_line
 from selfsight.preprocessing import Preprocessing
+from selfsight.quarantine import replaced
 from selfsight.redact import redact
 from selfsight.run_folder import read_lines, write_atomically
 
@@ -69,6 +70,7 @@ def write_report(parts: Parts, scores: list[dict[str, Any]], device: torch.devic
         architecture=parts.recipe.encoder.name,
         charts=_charts(lines),
         rows=picture_rows(parts, device),
+        replaced=replaced(folder),
         scores=_score_rows(scores),
         evaluators=[name for name in dict.fromkeys(s["evaluator"] for s in scores) if name != "majority"],
         protocols=[s for s in scores if s["encoder"] == "pretrained"],

@@ -35,6 +35,8 @@ def explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> Iter
             yield f"{name}: no such field" + (f"; did you mean {' or '.join(near)}?" if near else "")
         elif problem["type"] == "missing":
             yield f"{name}: is missing"
+        elif problem["type"] in ("tuple_type", "list_type"):
+            yield f"{name}: must be a list, such as [0, 255], not {problem['input']!r}"
         else:
             message = problem["msg"].removeprefix("Value error, ")
             value = problem["input"] if isinstance(problem["input"], str | int | float | bool | list | None) else None

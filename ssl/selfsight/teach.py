@@ -43,7 +43,7 @@ def store_teacher(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | No
     assert isinstance(objective, Distill)
     teacher = objective.teacher
     assert isinstance(teacher, Teacher)
-    of = origin(config, parts.encoder, Setting(0, parts.shards.id, recipe.seed))
+    of = origin(config, parts.encoder, Setting(0, parts.shards.id, recipe.seed, plain_pixels=recipe.data.plain_pixels))
     about = {"weights": teacher.weights, "widths": teacher.widths}
     if folder.exists():
         stored = StoredTeacher(folder, config)

@@ -28,7 +28,7 @@ from selfsight.data.loader import Bad, Batches, HostBatch
 from selfsight.data.shards import ShardChanged, Shards
 from selfsight.data.views import View
 from selfsight.errors import DataError, DataGone
-from selfsight.quarantine import Quarantine
+from selfsight.quarantine import Quarantine, replaced
 
 
 def forge(folder: Path, body: bytes, name: str = "x.tar") -> Path:
@@ -495,3 +495,14 @@ def test_a_full_disk_is_said_once_and_the_count_goes_on(tmp_path: Path, capsys: 
     assert said.count("cannot be written (No space left on device)") == 1
     with pytest.raises(DataError, match="11 bad samples"):
         quarantine.record(rotten_batch([10]))
+
+
+def test_what_was_replaced_is_told_in_the_end(tmp_path: Path) -> None:
+    assert replaced(tmp_path) == ""
+    lines = [{"sample": s, "reason": f"has {s} channels; the encoder takes 1"} for s in (3, 4, 4, 5)]
+    lines.append({"sample": 9, "reason": "not an image of a known format (starts with b'x')"})
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = replaced(tmp_path)
+    assert told.startswith(
+        "4 samples could not be used and were replaced: has N channels; the encoder takes N (3), not an image"
+    )

@@ -31,6 +31,8 @@ class Setting(NamedTuple):
     seed: int
     clips: bool | None = None
     """Whether its samples have more planes than one view shows; None: not known."""
+    plain_pixels: bool = True
+    """Whether JPEGs are decoded in full by the workers."""
 
 
 class Loss(NamedTuple):
@@ -56,6 +58,8 @@ class Objective(nn.Module):
 
     outside: str = ""
     """A hash of what it was given from outside the recipe (a teacher's weights); a resumed run must be given the same."""
+    uses_pixels: bool = False
+    """Whether it turns normalised views back into pixels, with the encoder's mean and deviation."""
     uses_head: bool = True
     """Whether it may train what comes after the encoder's tokens."""
 

@@ -24,6 +24,7 @@ class Distill(Objective):
     """Learn what a teacher makes of an image."""
 
     config: DistillConfig
+    uses_pixels = True
 
     def __init__(self, encoder: Encoder, config: DistillConfig) -> None:
         super().__init__(encoder, config)
@@ -98,9 +99,12 @@ def origin(config: DistillConfig, encoder: Encoder, setting: Setting) -> dict[st
     fields = config.model_dump(mode="json", include={"teacher", "augmentations", "view"})
     if config.logits:
         fields |= config.model_dump(mode="json", include={"temperature", "top_k"})
-    if made.frames > 1:
-        fields |= {"frames": made.frames, "step": made.step}
     return fields | {
+        "depth": made.depth,
+        "range": list(made.range) if made.range else None,
+        "frames": made.frames,
+        "step": made.step,
+        "plain_pixels": setting.plain_pixels,
         "data": setting.data,
         "seed": setting.seed,
         "image_size": made.image_size,

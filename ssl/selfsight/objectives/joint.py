@@ -43,6 +43,7 @@ class Joint(Objective):
             raise UsageError("objective.parts: a part with augmentations must be the first, and the only one")
         self.augmentations = self.objectives[0].augmentations
         self.outside = " ".join(part.outside for part in self.objectives if part.outside)
+        self.uses_pixels = any(part.uses_pixels for part in self.objectives)
         self.uses_head = any(part.uses_head for part in self.objectives)
         if len({id(part.scored) for part in self.objectives} - {id(encoder)}) > 1:
             raise UsageError("objective.parts: two of them train a teacher; only one can be scored and exported")

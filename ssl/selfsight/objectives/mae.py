@@ -31,7 +31,7 @@ class MAE(Objective):
 
     def __init__(self, encoder: Encoder, config: MAEConfig) -> None:
         super().__init__(encoder, config)
-        self.views = (config.view,)
+        self.views, self.uses_pixels = (config.view,), config.loss == "ms-ssim"
         # What is drawn: every patch by itself, or one place for all planes.
         self.planes = encoder.planes if config.masking == "tube" else 1
         self.visible, hidden = split_patches(encoder, config.mask_ratio, self.planes)

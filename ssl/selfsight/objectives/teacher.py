@@ -28,6 +28,8 @@ from selfsight.recipe import packaged
 from selfsight.run_folder import differences
 
 Outputs = dict[str, Tensor]
+# What outputs of a release that did not say it were made with.
+LATER: dict[str, Any] = {"depth": 8, "range": None, "frames": 1, "step": 1, "plain_pixels": True}
 _TYPES = {"classes": np.int32}
 _OUTPUTS = {"embedding", "patches", "probabilities", "classes"}
 # Weight of a recipe -> the outputs that it needs.
@@ -204,7 +206,8 @@ class StoredTeacher:
 
     def require(self, wanted: dict[str, Any]) -> None:
         """Raise UsageError, naming every difference, if the outputs are of other data, augmentation or teacher."""
-        if other := differences({key: value for key, value in self.of.items() if key in wanted}, wanted):
+        found, wanted = LATER | self.of, LATER | wanted
+        if other := differences({key: value for key, value in found.items() if key in wanted}, wanted):
             raise UsageError(
                 f"objective.stored: {self.folder}: holds outputs for another recipe: {'; '.join(other.values())}\n"
                 "write them again with `selfsight teacher RECIPE`, or give the recipe as it was"

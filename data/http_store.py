@@ -146,11 +146,14 @@ def web_address(url: str, encoding: str = "utf-8") -> str:
     except UnicodeError:  # a label of none or more than 63 letters
         raise ValueError("its host is no name that a host can have") from None
     try:
-        port = urlsplit(f"{scheme}{host}").port
+        parts = urlsplit(scheme + host)
+        name, port = parts.hostname, parts.port
     except ValueError:  # whose words may hold a password with a slash
-        raise ValueError("its host and port cannot be") from None
-    if port == 0 or not re.fullmatch(r"[!-~]+", host) or host.startswith(":"):
-        raise ValueError("it has no host" if not host or host[0] == ":" else "its host and port cannot be")
+        raise ValueError("its host or port is none that can be asked") from None
+    if not name:
+        raise ValueError("it has no host")
+    if port == 0 or not re.fullmatch(r"[!-~]+", host):
+        raise ValueError("its host or port is none that can be asked")
     return scheme + user + at + host + re.sub(r"[^!-~]+", lambda part: quote(part[0], encoding=encoding), rest)
 
 
@@ -214,8 +217,9 @@ def _connect(line: http.client.HTTPConnection) -> None:
     try:
         line.connect()
     except OSError as error:
-        if told := re.match(r"Tunnel connection failed: (4.*)", str(error)):  # http.client has no class for it
-            raise Refused(f"the proxy answers HTTP {told[1]}") from None
+        told = re.match(r"Tunnel connection failed: (4\d\d)(.*)", str(error))  # http.client has no class for it
+        if told and int(told[1]) not in PASSING:
+            raise Refused(f"the proxy answers HTTP {told[1]}{told[2]}") from None
         raise
 
 

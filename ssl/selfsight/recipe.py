@@ -82,6 +82,13 @@ class DataConfig(Section):
             raise ValueError("block: the turns of a mixture are shuffled over the epoch; leave it at 1")
         return self
 
+    @field_validator("range")
+    @classmethod
+    def _rising(cls, range: tuple[float, float] | None) -> tuple[float, float] | None:
+        if range and not -inf < range[0] < range[1] < inf:
+            raise ValueError("give two finite numbers, the lower first")
+        return range
+
 
 class EncoderConfig(Section):
     """The Vision Transformer: any timm model by name, with any of its dimensions changed."""

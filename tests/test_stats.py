@@ -147,6 +147,19 @@ def test_an_unnamed_axis_is_planes_if_asked(tmp_path: Path) -> None:
     assert check(shards, measure=Measure(volumes=True))["stats"]["planes"] == {5: 1}
 
 
+def test_of_volumes_the_advice_is_to_measure_planes(tmp_path: Path) -> None:
+    write_shards([(npy(RNG.integers(0, 4000, (8, 6, 7)).astype(np.uint16)), None)], tmp_path, "s")
+    shards = Shards(str(tmp_path))
+    data, told = config(depth=16), rf"shards check {tmp_path} --stats --volumes \(or give data.mean"
+    with pytest.raises(UsageError, match=told):
+        fill_in(data, 1, [shards], frames=4)
+    check(shards, measure=Measure())
+    with pytest.raises(UsageError, match=rf"of 8 channels of uint16; measure planes as planes with: selfsight {told}"):
+        fill_in(data, 1, [shards], frames=4)
+    check(shards, measure=Measure(volumes=True))
+    assert fill_in(data, 1, [shards], frames=4).mean is not None
+
+
 def test_mixed_kinds_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed(tmp_path / "s", arrays(3, 12, np.uint16) + arrays(1, 13, np.uint16) + arrays(2, 12, np.float32))
     assert cli.main(["shards", "check", str(tmp_path / "s"), "--stats"]) == 0

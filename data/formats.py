@@ -22,7 +22,7 @@ import importlib
 import logging
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from math import prod
 from typing import Any
@@ -34,6 +34,7 @@ from selfsight.data.decode import DTYPES, MAX_PIXELS, BadSample, Form, open_imag
 from selfsight.errors import UsageError
 
 MAX_BYTES = 2**30  # of one decoded sample: a CT of 512 x 512 x 2,000 voxels of 16 bits has as many
+PART = 2**19  # values that are converted at a time: 4 MiB in float64
 LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)
 MAX_LAST = 32  # channels that a last axis of a .npy can be
 ORIENTATION = 0x0112  # EXIF's and TIFF's tag
@@ -184,17 +185,32 @@ def to_depth(array: Array, depth: int, range: tuple[float, float] | None = None)
         return array.astype(np.float32)
     if array.dtype == np.uint8:
         return array.astype(np.uint16) * np.uint16(257)
-    if array.dtype == np.uint16 and range is None:
-        return np.rint(array.astype(np.float32) / 257).astype(np.uint8)
-    if range is None or (depth == 16 and not 0 <= range[0] < range[1] <= 65535):
+    if (range is None and array.dtype != np.uint16) or (
+        range and depth == 16 and not 0 <= range[0] < range[1] <= 65535
+    ):
         raise BadSample(
             f"holds {array.dtype} values, and its range is unknown or not within {depth} bits; set data.depth 32 and "
             "data.range (selfsight shards check SPEC --stats shows the values)"
         )
+    made = np.empty_like(array, wanted)
+    for rows in row_slices(array):
+        np.rint(_placed(array[..., rows, :], depth, range), out=made[..., rows, :], casting="unsafe")
+    return made
+
+
+def _placed(array: Array, depth: int, range: tuple[float, float] | None) -> Array:
+    """Values on the scale of 8 or 16 bits, not yet rounded."""
+    if range is None:
+        return array.astype(np.float32) / 257
     values = np.clip(array, *range).astype(np.float32)
-    if depth == 8:
-        values = (values - range[0]) * (255 / (range[1] - range[0]))
-    return np.rint(values).astype(wanted)
+    return (values - range[0]) * (255 / (range[1] - range[0])) if depth == 8 else values
+
+
+def row_slices(array: Array) -> Iterator[slice]:
+    """The rows of (..., H, W) in parts of some MiB, so that of a volume of a gigabyte no copy in float64 is made."""
+    height = array.shape[-2]
+    step = max(1, PART // max(1, array.size // max(1, height)))
+    return (slice(top, top + step) for top in range(0, height, step))
 
 
 def shape_text(array: Array) -> str:

@@ -415,28 +415,28 @@ def test_what_is_missing_is_named(module: str, body: bytes, monkeypatch: pytest.
 
 
 def test_depths() -> None:
-    eight, sixteen = np.arange(256, dtype=np.uint8), np.arange(65536).astype(np.uint16)
+    eight, sixteen = np.arange(256, dtype=np.uint8)[None], np.arange(65536).astype(np.uint16)[None]
     assert to_depth(eight, 8) is eight
     assert to_depth(sixteen, 16) is sixteen
-    assert np.array_equal(to_depth(eight, 16), np.arange(256) * 257)
+    assert np.array_equal(to_depth(eight, 16), np.arange(256)[None] * 257)
     assert np.array_equal(to_depth(to_depth(eight, 16), 8), eight)
-    assert np.array_equal(to_depth(sixteen, 8), np.rint(np.arange(65536) / 257))
-    for array in (eight, sixteen, np.array([-5, 7], np.int16), np.array([-0.5, 7], np.float32)):
+    assert np.array_equal(to_depth(sixteen, 8), np.rint(np.arange(65536)[None] / 257))
+    for array in (eight, sixteen, np.array([[-5, 7]], np.int16), np.array([[-0.5, 7]], np.float32)):
         assert to_depth(array, 32).dtype == np.float32
         assert np.array_equal(to_depth(array, 32), array)
-    for array in (np.array([-5, 7], np.int16), np.array([0.5], np.float32), np.array([9], np.int64)):
+    for array in (np.array([[-5, 7]], np.int16), np.array([[0.5]], np.float32), np.array([[9]], np.int64)):
         for depth, bounds in ((8, None), (16, None), (16, (-1000.0, 1000.0)), (16, (0.0, 1e6))):
             with pytest.raises(
                 BadSample, match=r"set data.depth 32 and data.range \(selfsight shards check SPEC --stats"
             ):
                 to_depth(array, depth, bounds)
-    found = to_depth(np.array([-5, 7.6, 5000], np.float32), 16, (0, 4095))
-    assert (found.dtype, found.tolist()) == (np.uint16, [0, 8, 4095])
+    found = to_depth(np.array([[-5, 7.6, 5000]], np.float32), 16, (0, 4095))
+    assert (found.dtype, found.tolist()) == (np.uint16, [[0, 8, 4095]])
     for dtype in (np.int16, np.float32, np.int64):
-        found = to_depth(np.array([-2000, -1000, 0, 1000, 9000], dtype), 8, (-1000, 1000))
-        assert (found.dtype, found.tolist()) == (np.uint8, [0, 0, 128, 255, 255])
-    assert to_depth(np.array([0, 1000, 4095, 60000], np.uint16), 8, (0, 4095)).tolist() == [0, 62, 255, 255]
-    assert to_depth(np.array([7, 200], np.uint8), 8, (0, 4095)).tolist() == [7, 200]
+        found = to_depth(np.array([[-2000, -1000, 0, 1000, 9000]], dtype), 8, (-1000, 1000))
+        assert (found.dtype, found.tolist()) == (np.uint8, [[0, 0, 128, 255, 255]])
+    assert to_depth(np.array([[0, 1000, 4095, 60000]], np.uint16), 8, (0, 4095)).tolist() == [[0, 62, 255, 255]]
+    assert to_depth(np.array([[7, 200]], np.uint8), 8, (0, 4095)).tolist() == [[7, 200]]
 
 
 def test_decoding_gives_what_the_encoder_takes() -> None:

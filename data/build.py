@@ -5,6 +5,7 @@ import gzip
 import inspect
 import json
 import lzma
+import mmap
 import shutil
 import tempfile
 import zlib
@@ -20,7 +21,7 @@ from selfsight.data import digits
 from selfsight.data.folders import Reading, read_folder
 from selfsight.data.index import build_index
 from selfsight.data.packing import UNCHANGED, Encoding, Sample, write_shards
-from selfsight.data.samples import NONE
+from selfsight.data.samples import NONE, pair
 from selfsight.data.shards import Shards, find_shards
 from selfsight.data.stats import SUFFIX
 from selfsight.errors import DataError, StorageError, UsageError
@@ -181,10 +182,21 @@ def _on_disk(source: str) -> list[Path]:
 
 def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
     """The samples of shards, to be written in another form."""
-    for i, (label, group, frames) in enumerate(zip(shards.labels, shards.groups, shards.frames, strict=True)):
+    notes = (note for path in shards.paths if isinstance(path, Path) for note in _notes(path))
+    columns = zip(shards.labels, shards.groups, shards.frames, notes, strict=True)
+    for i, (label, group, frames, note) in enumerate(columns):
         images: list[Image.Image | bytes] = [*shards.images(i, shards.read(i))]
         image = images if frames else images[0]
-        yield Sample(image, None if unlabelled or label == NONE else int(label), None if group == NONE else int(group))
+        known = None if unlabelled or label == NONE else int(label)
+        yield Sample(image, known, None if group == NONE else int(group), note)
+
+
+def _notes(path: Path) -> list[bytes | None]:
+    """What `KEY.json` says of each sample of a shard."""
+    with path.open("rb") as file:
+        buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    found = [fields.get("json") for fields in pair(str(path), buffer, "exclude")[0].values()]
+    return [bytes(buffer[note.offset : note.offset + note.size]) if note else None for note in found]
 
 
 def _names(path: Path) -> list[str]:

@@ -51,7 +51,8 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
                 shards.prefetch(range(i, min(i + 2 * AHEAD, len(shards))))
             try:
                 body = shards.read(i)
-                images = [own_pixels(image, bool(measure and measure.volumes)) for image in shards.images(i, body)]
+                how = bool(measure and measure.volumes), i not in measured
+                images = [own_pixels(image, *how) for image in shards.images(i, body)]
                 kinds[images[0][0] + (f", clips of {len(images)}" if len(images) > 1 else "")] += 1
                 sizes.append((images[0][1].shape[-1], images[0][1].shape[-2]))
                 same[sha256(body).digest()].append(i)
@@ -87,13 +88,17 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
     } | ({"stats": _told(total)} if measure else {})
 
 
-def own_pixels(body: bytes, volumes: bool = False) -> tuple[str, Array]:
+def own_pixels(body: bytes, volumes: bool = False, eight: bool = False) -> tuple[str, Array]:
     """What a stored image is, in words, and its pixels in its own dtype; of what Pillow reads, 8 bits, grey or RGB.
 
+    Args:
+        volumes: as `read_array`.
+        eight: as `read_array`.
+
     Raises:
-        BadSample: as `decode`.
+        BadSample, MissingLibrary: as `decode`.
     """
-    pixels = read_array(body, volumes)
+    pixels = read_array(body, volumes, eight)
     if pixels is not None:
         return f"{suffix_of(body) or 'png'} {shape_text(pixels)}", pixels
     image = open_image(body)

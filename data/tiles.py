@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from selfsight.data.decode import FORMATS, BadSample
-from selfsight.data.formats import ORIENTATION, Array, over_white, read_array, suffix_of, upright
+from selfsight.data.formats import ORIENTATION, Array, MissingLibrary, over_white, read_array, suffix_of, upright
 from selfsight.data.tiff import MIN_IS_WHITE, PLANES, library, refuse_circle, refuse_kind
 from selfsight.errors import DataError, UsageError
 
@@ -86,7 +86,8 @@ def cut_tiles(path: Path, how: Cut, left_out: Left | None = None) -> Iterator[Ti
         left_out: counts what is no tile.
 
     Raises:
-        UsageError: a size, stride or share out of bounds, or a library that is missing.
+        UsageError: a size, stride or share out of bounds.
+        MissingLibrary: the library that reads it is not installed.
         DataError: a file that cannot be read as an image.
     """
     stride, lost = how.stride or how.size, left_out or Left()
@@ -106,7 +107,7 @@ def cut_tiles(path: Path, how: Cut, left_out: Left | None = None) -> Iterator[Ti
                         lost.background += 1
                     else:
                         yield Tile(_stored(pixels), left, top)
-    except UsageError:
+    except (UsageError, MissingLibrary):
         raise
     except Exception as error:  # noqa: BLE001 - as in `read_array`: decoders raise anything
         told = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ import gzip
 import inspect
 import json
 import lzma
+import mmap
 import shutil
 import tempfile
 import zlib
@@ -20,8 +21,9 @@ from selfsight.data import digits
 from selfsight.data.folders import Reading, read_folder
 from selfsight.data.index import build_index
 from selfsight.data.packing import UNCHANGED, Encoding, Sample, write_shards
-from selfsight.data.samples import NONE
+from selfsight.data.samples import NONE, pair
 from selfsight.data.shards import Shards, find_shards
+from selfsight.data.stats import SUFFIX
 from selfsight.errors import DataError, StorageError, UsageError
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -114,7 +116,7 @@ def _fill(
 ) -> dict[str, list[str]]:
     """Write the shards; the answer is the names of the classes and of the groups, if they have names."""
     prefix = draft.name.strip(".").rpartition("-")[0]
-    packed = Path(source).is_dir() and bool(list(Path(source).glob("*.tar*")))
+    packed = Path(source).is_dir() and bool(_tars_in(Path(source)))
     if Path(source).is_dir() and not packed:
         classes, groups, samples = read_folder(Path(source), reading)
         write_shards(samples, draft, prefix, encoding, per_shard)
@@ -139,8 +141,8 @@ def _tars(
     """Plain copies of (compressed) tars; rewritten only when their images are to change."""
     raw = draft / "raw"
     raw.mkdir()
-    paths = sorted(Path(source).glob("*.tar*")) if Path(source).is_dir() else _on_disk(source)
-    for path in (path for path in paths if path.suffix != ".idx"):
+    paths = _tars_in(Path(source)) if Path(source).is_dir() else _on_disk(source)
+    for path in paths:
         plain = raw / (path.name if path.suffix == ".tar" else path.name.removesuffix(path.suffix))
         if plain.exists():
             raise UsageError(f"{path}: a second shard of the name {plain.name}; build the folders one by one")
@@ -159,6 +161,11 @@ def _tars(
     return names_beside(paths[0].parent, [] if unlabelled else ["classes"])
 
 
+def _tars_in(folder: Path) -> list[Path]:
+    """The tars in a folder, also compressed ones: what else begins with their names was made of them."""
+    return sorted(path for suffix in ("", *OPENERS) for path in folder.glob(f"*.tar{suffix}"))
+
+
 def names_beside(folder: Path, kinds: Sequence[str] = ("classes",)) -> dict[str, list[str]]:
     """The names of groups, and of classes, that stand beside shards."""
     files = {kind: folder / f"{kind}.json" for kind in (*kinds, "groups")}
@@ -170,15 +177,26 @@ def _on_disk(source: str) -> list[Path]:
     paths = [path for path in shards if isinstance(path, Path)]
     if len(paths) < len(shards):
         raise UsageError(f"{source}: is rewritten from a disk only; copy the shards to one first")
-    return paths
+    return [path for path in paths if not path.name.endswith((".idx", SUFFIX))]  # a glob finds them, too
 
 
 def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
     """The samples of shards, to be written in another form."""
-    for i, (label, group, frames) in enumerate(zip(shards.labels, shards.groups, shards.frames, strict=True)):
+    notes = (note for path in shards.paths if isinstance(path, Path) for note in _notes(path))
+    columns = zip(shards.labels, shards.groups, shards.frames, notes, strict=True)
+    for i, (label, group, frames, note) in enumerate(columns):
         images: list[Image.Image | bytes] = [*shards.images(i, shards.read(i))]
         image = images if frames else images[0]
-        yield Sample(image, None if unlabelled or label == NONE else int(label), None if group == NONE else int(group))
+        known = None if unlabelled or label == NONE else int(label)
+        yield Sample(image, known, None if group == NONE else int(group), note)
+
+
+def _notes(path: Path) -> list[bytes | None]:
+    """What `KEY.json` says of each sample of a shard."""
+    with path.open("rb") as file:
+        buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    found = [fields.get("json") for fields in pair(str(path), buffer, "exclude")[0].values()]
+    return [bytes(buffer[note.offset : note.offset + note.size]) if note else None for note in found]
 
 
 def _names(path: Path) -> list[str]:

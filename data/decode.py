@@ -89,13 +89,13 @@ def decode(body: bytes, form: Form, needs: Needs | None = None) -> Pixels:
 
     Raises:
         BadSample: bytes that are not one whole image of a kind in the table above, or of other channels.
-        UsageError: a scientific file whose library is not installed.
+        MissingLibrary: a scientific file whose library is not installed.
     """
     pixels = decode_jpeg(body, form.channels, MAX_PIXELS, needs)
     if pixels is None:
         from selfsight.data.formats import fit, read_array
 
-        own = read_array(body, volumes=form.frames > 1)
+        own = read_array(body, volumes=form.frames > 1, eight=form.depth == 8 and form.range is None)
         if own is not None:
             return fit(own, form)
         if form.channels not in MODES:

@@ -6,11 +6,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from selfsight.console import say
 from selfsight.data.decode import open_image
 from selfsight.data.formats import suffix_of
 from selfsight.data.packing import Sample
 from selfsight.data.samples import IMAGE_SUFFIXES, is_image
-from selfsight.data.tiles import Cut, cut_tiles
+from selfsight.data.tiles import Cut, Left, cut_tiles
 from selfsight.errors import DataError, UsageError
 
 
@@ -104,15 +105,18 @@ def _group(path: Path, by: str) -> str:
 def _samples(
     source: Path, wholes: list[list[Path]], labels: list[int | None], groups: list[int | None], how: Reading
 ) -> Iterator[Sample]:
+    left = Left()
     for frames, label, group in zip(wholes, labels, groups, strict=True):
         if how.clips:
             yield Sample([_checked(path) for path in frames], label, group)
         elif how.cut:
             name = str(frames[0].relative_to(source))
-            for tile in cut_tiles(frames[0], how.cut):
+            for tile in cut_tiles(frames[0], how.cut, left):
                 yield Sample(tile.image, label, group, {"source": name, "left": tile.left, "top": tile.top})
         else:
             yield Sample(_checked(frames[0]), label, group)
+    if how.cut and (told := left.text(how.cut.size)):
+        say(f"{source}: {told}; left out")
 
 
 def _checked(path: Path) -> bytes:

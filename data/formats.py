@@ -15,14 +15,15 @@
 
 A TIFF of at most 8 bits that is one page, or has colours, is left to Pillow. float16 and float64 become float32; other
 types stay as they are. Sizes are known from the header before a pixel is decoded: at most `MAX_PIXELS` a plane, and
-`MAX_BYTES` in all. Nothing is unpickled. TIFF, DICOM, NIfTI and 16-bit colour need the extra `science`.
+`MAX_BYTES` in all. Nothing is unpickled. TIFF, DICOM, NIfTI and 16-bit colour need the extra `science`; without it, runs of
+8 bits leave grey TIFF and colour PNG of 16 bits to Pillow.
 """
 
 import importlib
 import logging
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from math import prod
 from typing import Any
@@ -31,9 +32,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfsight.data.decode import DTYPES, MAX_PIXELS, BadSample, Form, open_image
-from selfsight.errors import UsageError
+from selfsight.errors import DataError
 
 MAX_BYTES = 2**30  # of one decoded sample: a CT of 512 x 512 x 2,000 voxels of 16 bits has as many
+PART = 2**19  # values that are converted at a time: 4 MiB in float64
 LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)
 MAX_LAST = 32  # channels that a last axis of a .npy can be
 ORIENTATION = 0x0112  # EXIF's and TIFF's tag
@@ -43,16 +45,21 @@ Array = NDArray[Any]
 Reader = Callable[[bytes, bool], Array | None]
 
 
-def read_array(body: bytes, volumes: bool = False) -> Array | None:
+class MissingLibrary(DataError):
+    """A file whose library is not installed: no fault of the sample, so that nothing takes its place."""
+
+
+def read_array(body: bytes, volumes: bool = False, eight: bool = False) -> Array | None:
     """A scientific image in its own dtype, (C, H, W) or (C, D, H, W); None where the bytes are of another kind.
 
     Args:
         body: a whole file.
         volumes: whether an axis that the file does not name stands for planes rather than channels.
+        eight: whether 8 bits will do: None, too, for 16 bits that Pillow reads, if their library is not installed.
 
     Raises:
         BadSample: damaged, too large, of a kind that the table does not have, or with NaN or infinity.
-        UsageError: the library that reads it is not installed.
+        MissingLibrary: the library that reads it is not installed.
     """
     kind, reader = _reader(body)
     if reader is None:
@@ -61,7 +68,11 @@ def read_array(body: bytes, volumes: bool = False) -> Array | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' opinions on headers, once for each of a million files
             array = reader(body, volumes)
-    except (BadSample, UsageError):
+    except BadSample:
+        raise
+    except MissingLibrary:
+        if eight and _pillow_reads(kind, body):
+            return None
         raise
     except Exception as error:  # noqa: BLE001 - hostile bytes make these libraries raise anything
         raise BadSample(f"damaged {kind} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
@@ -82,6 +93,13 @@ def _reader(body: bytes) -> tuple[str, Reader | None]:
     if body[:8] == b"\x89PNG\r\n\x1a\n" and body[24:25] == b"\x10":
         return "PNG", _read_png
     return "", None
+
+
+def _pillow_reads(kind: str, body: bytes) -> bool:
+    """Whether Pillow, too, reads a file of these kinds, with 8 bits."""
+    from selfsight.data.tiff import is_grey
+
+    return kind == "PNG" or (kind == "TIFF" and is_grey(body))
 
 
 def suffix_of(body: bytes) -> str | None:
@@ -134,12 +152,12 @@ def extra(module: str, what: str) -> Any:
     """A library of the extra `science`.
 
     Raises:
-        UsageError: it is not installed.
+        MissingLibrary: it is not installed.
     """
     try:
         found = importlib.import_module(module)
     except ImportError:
-        raise UsageError(f"{what}: needs {module}; pip install 'selfsight[science]'") from None
+        raise MissingLibrary(f"{what}: needs {module}; pip install 'selfsight[science]'") from None
     for name in (module, "nibabel.global"):  # what they log of a damaged file is in the error, too
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return found
@@ -184,17 +202,32 @@ def to_depth(array: Array, depth: int, range: tuple[float, float] | None = None)
         return array.astype(np.float32)
     if array.dtype == np.uint8:
         return array.astype(np.uint16) * np.uint16(257)
-    if array.dtype == np.uint16 and range is None:
-        return np.rint(array.astype(np.float32) / 257).astype(np.uint8)
-    if range is None or (depth == 16 and not 0 <= range[0] < range[1] <= 65535):
+    if (range is None and array.dtype != np.uint16) or (
+        range and depth == 16 and not 0 <= range[0] < range[1] <= 65535
+    ):
         raise BadSample(
             f"holds {array.dtype} values, and its range is unknown or not within {depth} bits; set data.depth 32 and "
             "data.range (selfsight shards check SPEC --stats shows the values)"
         )
+    made = np.empty_like(array, wanted)
+    for rows in row_slices(array):
+        np.rint(_placed(array[..., rows, :], depth, range), out=made[..., rows, :], casting="unsafe")
+    return made
+
+
+def _placed(array: Array, depth: int, range: tuple[float, float] | None) -> Array:
+    """Values on the scale of 8 or 16 bits, not yet rounded."""
+    if range is None:
+        return array.astype(np.float32) / 257
     values = np.clip(array, *range).astype(np.float32)
-    if depth == 8:
-        values = (values - range[0]) * (255 / (range[1] - range[0]))
-    return np.rint(values).astype(wanted)
+    return (values - range[0]) * (255 / (range[1] - range[0])) if depth == 8 else values
+
+
+def row_slices(array: Array) -> Iterator[slice]:
+    """The rows of (..., H, W) in parts of some MiB, so that of a volume of a gigabyte no copy in float64 is made."""
+    height = array.shape[-2]
+    step = max(1, PART // max(1, array.size // max(1, height)))
+    return (slice(top, top + step) for top in range(0, height, step))
 
 
 def shape_text(array: Array) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selfsight.data.formats import Array
+from selfsight.data.formats import Array, row_slices
 
 BINS = 2**16
 _SIGN = np.uint32(1 << 31)
@@ -46,25 +46,33 @@ class Moments:
     @classmethod
     def of(cls, array: Array) -> "Moments":
         """Those of one sample, (C, H, W) or (C, D, H, W)."""
-        flat = array.reshape(len(array), -1)
-        if flat.dtype == np.uint8:
-            return cls._of_bytes(flat)
-        values = flat.astype(np.float64)
-        mean = values.mean(1)
-        squares = ((values - mean[:, None]) ** 2).sum(1)
-        bins = np.stack([np.bincount(_bin(channel), minlength=BINS) for channel in flat])
-        return cls(1, values.shape[1], mean, squares, values.min(1), values.max(1), bins)
+        parts = (array[..., rows, :].reshape(len(array), -1) for rows in row_slices(array))
+        if array.dtype == np.uint8:
+            return cls._of_bytes(np.sum([_counted(part, 256) for part in parts], 0))
+        made = cls._of_part(next(parts))
+        for part in parts:
+            made.add(cls._of_part(part))
+        made.samples = 1
+        return made
 
     @classmethod
-    def _of_bytes(cls, flat: Array) -> "Moments":
-        """The same in a third of the time: of 256 levels it is enough to count them."""
-        counts, levels = np.stack([np.bincount(channel, minlength=256) for channel in flat]), np.arange(256.0)
-        mean = counts @ levels / flat.shape[1]
+    def _of_part(cls, part: Array) -> "Moments":
+        """Those of some values of each channel: (C, N)."""
+        values = part.astype(np.float64)
+        mean = values.mean(1)
+        squares = ((values - mean[:, None]) ** 2).sum(1)
+        return cls(1, values.shape[1], mean, squares, values.min(1), values.max(1), _counted(part, BINS))
+
+    @classmethod
+    def _of_bytes(cls, counts: NDArray[np.int64]) -> "Moments":
+        """The same in a third of the time: of 256 levels it is enough to count them, (C, 256)."""
+        levels, pixels = np.arange(256.0), int(counts[0].sum())
+        mean = counts @ levels / pixels
         squares = (counts * (levels - mean[:, None]) ** 2).sum(1)
         least, most = (counts > 0).argmax(1), 255 - (counts > 0)[:, ::-1].argmax(1)
-        bins = np.zeros((len(flat), BINS), np.int64)
+        bins = np.zeros((len(counts), BINS), np.int64)
         bins[:, _bin(levels)] = counts
-        return cls(1, flat.shape[1], mean, squares, least.astype(np.float64), most.astype(np.float64), bins)
+        return cls(1, pixels, mean, squares, least.astype(np.float64), most.astype(np.float64), bins)
 
     @property
     def std(self) -> Floats:
@@ -89,6 +97,11 @@ class Moments:
         counts = self.bins.cumsum(1)
         place = (counts >= np.ceil(percent / 100 * self.pixels)).argmax(1)
         return np.clip(_edge(place), self.least, self.most)
+
+
+def _counted(part: Array, levels: int) -> NDArray[np.int64]:
+    """How often each byte, or each bin, occurs in each channel of (C, N): (C, levels)."""
+    return np.stack([np.bincount(channel if levels == 256 else _bin(channel), minlength=levels) for channel in part])
 
 
 def _bin(values: Array) -> NDArray[np.int64]:

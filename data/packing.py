@@ -43,8 +43,8 @@ class Sample(NamedTuple):
     label: int | None = None
     group: int | None = None
     """Number of the whole that it is a part of."""
-    about: dict[str, Any] | None = None
-    """Stored beside it as JSON."""
+    about: dict[str, Any] | bytes | None = None
+    """Stored beside it as JSON; bytes are JSON already."""
 
 
 def write_shards(
@@ -89,7 +89,7 @@ def _members(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
     if sample.group is not None:
         members["group"] = str(sample.group).encode()
     if sample.about is not None:
-        members["json"] = json.dumps(sample.about).encode()
+        members["json"] = sample.about if isinstance(sample.about, bytes) else json.dumps(sample.about).encode()
     return members
 
 

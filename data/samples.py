@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "gif", "npy", "dcm", "nii", "nii.gz"}
 )
 _ENDS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-_FRAME = re.compile(r"\d{1,9}\.[^.]+")
+_FRAME = re.compile(r"\d{1,9}\.([^.]+|nii\.gz)")
 
 Fields = dict[str, Member]
 Row = tuple[int, int, int, int, int, int, int]

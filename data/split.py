@@ -1,10 +1,14 @@
 """Two sets of one: every patient, slide or scene lies in one of them, never in both.
 
-The side of a group is a pure function of the seed and the group's number: data that are added later move nobody.
+The side of a group is a pure function of the seed and the group's name in `groups.json`, so that data which are added
+later move nobody, though a new build numbers the groups anew. A group without a name is known by its number.
 """
 
 import json
 import mmap
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +17,7 @@ from numpy.typing import NDArray
 
 from selfsight import keyed
 from selfsight.data.build import drafted, names_beside
-from selfsight.data.index import build_index, read_index
+from selfsight.data.index import Records, build_index, read_index
 from selfsight.data.samples import NONE, pair
 from selfsight.data.shards import Shards
 from selfsight.data.spec import find_shards
@@ -28,9 +32,21 @@ class Halves(NamedTuple):
     groups: int
 
 
-def in_test(groups: NDArray[np.int32], share: float, seed: int) -> NDArray[np.bool_]:
-    """Whether samples of these groups (N,) are test samples: (N,)."""
-    return keyed.uniform(seed, "split", groups, 1)[:, 0] < share
+def in_test(groups: NDArray[np.int32], share: float, seed: int, names: Sequence[str] = ()) -> NDArray[np.bool_]:
+    """Whether samples of these groups (N,) are test samples: (N,).
+
+    Args:
+        names: of the groups, by number; groups beyond them have none.
+    """
+    keys = groups.astype(np.uint64)
+    named = (groups >= 0) & (groups < len(names))
+    keys[named] = np.array([_key(name) for name in names], np.uint64)[groups[named]] if named.any() else 0
+    return keyed.uniform(seed, "split", keys, 1)[:, 0] < share
+
+
+def _key(name: str) -> int:
+    """A name as 64 bits."""
+    return int.from_bytes(blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def split(source: str | list[str], train: Path, test: Path, share: float, seed: int = 0) -> tuple[Halves, Halves]:
@@ -43,7 +59,7 @@ def split(source: str | list[str], train: Path, test: Path, share: float, seed: 
         what the folders `train` and `test` hold.
 
     Raises:
-        UsageError: a share out of bounds, a side without a group, or a target in use.
+        UsageError: a share out of bounds, a side without a group, a target in use, or shards that cannot lie in one folder.
         DataError: samples that have no group, or shards that cannot be read.
     """
     if not 0 < share < 1:
@@ -52,13 +68,15 @@ def split(source: str | list[str], train: Path, test: Path, share: float, seed: 
     shards = Shards(source)
     if len(paths) < len(shards.paths):
         raise UsageError(f"{shards.spec}: is split on a disk only; copy the shards to one first")
+    beside = _beside(paths)
+    names = beside.get("groups", [])
     groups = shards.groups
     if (groups == NONE).any():
         raise DataError(
             f"{shards.spec}: {(groups == NONE).sum():,} of {len(groups):,} samples have no group; pack them with "
             "shards build --group-by, or give each a member KEY.group"
         )
-    tested = in_test(groups, share, seed)
+    tested = in_test(groups, share, seed, names)
     for side, chosen in (("test", tested), ("training", ~tested)):
         if not chosen.any():
             raise UsageError(
@@ -66,25 +84,46 @@ def split(source: str | list[str], train: Path, test: Path, share: float, seed: 
             )
     with drafted(train) as one, drafted(test) as other:
         for path in paths:
-            _copy(path, one, other, share, seed)
-        for folder in (one, other):
-            for kind, names in names_beside(paths[0].parent).items():
-                (folder / f"{kind}.json").write_text(json.dumps(names, indent=1))
-            for made in sorted(folder.glob("*.tar")):
-                build_index(made)
-    return _half(groups[~tested]), _half(groups[tested])
+            _copy(path, one, other, share, seed, names)
+        return _finished(one, beside), _finished(other, beside)
 
 
-def _half(groups: NDArray[np.int32]) -> Halves:
+def _beside(paths: Sequence[Path]) -> dict[str, list[str]]:
+    """The names that stand beside the shards, the same in every folder.
+
+    Raises:
+        UsageError: shards of one name, of which one would overwrite the other, or folders that number other names.
+    """
+    name, count = Counter(path.name for path in paths).most_common(1)[0]
+    if count > 1:
+        raise UsageError(
+            f"{count} shards of the name {name}, which would lie in one folder; rename them, or split one by one"
+        )
+    first, *others = dict.fromkeys(path.parent for path in paths)
+    names = names_beside(first)
+    for folder in others:
+        if names_beside(folder) != names:
+            raise UsageError(
+                f"{first}, {folder}: number other classes or groups (classes.json, groups.json); split one by one"
+            )
+    return names
+
+
+def _finished(folder: Path, beside: dict[str, list[str]]) -> Halves:
+    """Add names and indexes, and count what they hold."""
+    for kind, names in beside.items():
+        (folder / f"{kind}.json").write_text(json.dumps(names, indent=1))
+    made: list[Records] = [build_index(path) for path in sorted(folder.glob("*.tar"))]
+    groups = np.concatenate([records["group"] for records in made])
     return Halves(len(groups), len(set(groups.tolist())))
 
 
-def _copy(path: Path, train: Path, test: Path, share: float, seed: int) -> None:
+def _copy(path: Path, train: Path, test: Path, share: float, seed: int, names: Sequence[str]) -> None:
     """The members of each sample, with their headers as they are, to its side; a side without any has no such shard."""
     with path.open("rb") as file:
         buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     samples, _ = pair(str(path), buffer, "exclude")
-    tested = in_test(read_index(path)["group"], share, seed)
+    tested = in_test(read_index(path)["group"], share, seed, names)
     if len(samples) != len(tested):
         raise DataError(f"{path}: the index is another tar's; selfsight shards index {path}")
     for folder, side in ((train, False), (test, True)):

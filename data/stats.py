@@ -66,8 +66,11 @@ class Statistics:
         ordered = sorted(self.kinds.items(), key=lambda item: -item[1].samples)
         return [f"{kind}: {moments.samples:,}" for kind, moments in ordered]
 
-    def matching(self, channels: int) -> dict[Kind, Moments]:
+    def matching(self, channels: int, advice: str = "give data.mean and data.std") -> dict[Kind, Moments]:
         """The kinds that an encoder of so many channels takes; grey counts for three equal ones.
+
+        Args:
+            advice: what to do where there is none.
 
         Raises:
             UsageError: there is none, or colours for one channel, whose luma was not measured.
@@ -79,9 +82,7 @@ class Statistics:
         }
         if not fits or (channels == 1 and any(kind.channels == 3 for kind in self.kinds)):
             told = ", ".join(map(str, self.kinds)) or "no sample"
-            raise UsageError(
-                f"encoder.channels: {channels}; the shards' statistics are of {told}; give data.mean and data.std"
-            )
+            raise UsageError(f"encoder.channels: {channels}; the shards' statistics are of {told}; {advice}")
         return fits
 
     def range(self, channels: int) -> tuple[float, float]:
@@ -116,9 +117,12 @@ class Statistics:
         return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def fill_in(data: DataConfig, channels: int, sets: Sequence[Shards]) -> DataConfig:
+def fill_in(data: DataConfig, channels: int, sets: Sequence[Shards], frames: int = 1) -> DataConfig:
     """A recipe's data with the range, mean and standard deviation that its shards' statistics give, where the recipe has
     none and no default fits: other than 1 or 3 channels, or other than 8 bits.
+
+    Args:
+        frames: planes that the encoder takes; above 1 an axis without a name is planes in the statistics, too.
 
     Raises:
         UsageError: they are wanted, and the shards have none, or of other channels.
@@ -128,12 +132,15 @@ def fill_in(data: DataConfig, channels: int, sets: Sequence[Shards]) -> DataConf
     if (given or (channels in (1, 3) and data.depth == 8)) and not ranged:
         return data
     found = read_stats(*sets)
+    spec = " ".join(shards.spec for shards in sets)
+    command = f"selfsight shards check {spec} --stats{' --volumes' * (frames > 1)}"
     if found is None:
-        spec = " ".join(shards.spec for shards in sets)
         raise UsageError(
             f"data.mean: no default fits {channels} channels of {data.depth} bits, and the shards have no statistics; "
-            f"make them with: selfsight shards check {spec} --stats (or give data.mean, data.std{' and data.range' * ranged})"
+            f"make them with: {command} (or give data.mean, data.std{' and data.range' * ranged})"
         )
+    if frames > 1:
+        found.matching(channels, f"measure planes as planes with: {command} (or give data.mean and data.std)")
     range = found.range(channels) if ranged else data.range
     mean, std = found.normalization(channels, data.depth, range)
     return data.model_copy(update={"range": range, "mean": data.mean or mean, "std": data.std or std})

@@ -88,6 +88,16 @@ def is_plain(body: bytes, volumes: bool) -> bool:
     return (colours and not volumes) or image.n_frames == 1
 
 
+def is_grey(body: bytes) -> bool:
+    """Whether Pillow reads it as one page of unsigned 16 bits that are not inverted."""
+    try:
+        image: Any = open_image(body)
+    except BadSample:
+        return False
+    kinds = image.tag_v2.get(_PHOTOMETRIC), image.tag_v2.get(_FORMAT, (1,)), image.n_frames
+    return image.mode.startswith("I;16") and kinds == (MIN_IS_BLACK, (1,), 1)
+
+
 def refuse_kind(page: Any) -> None:
     """Refuse the first page's way of colouring unless it is grey or RGB.
 

@@ -17,9 +17,10 @@ from test_tar import make_tar
 
 from selfsight import cli
 from selfsight.data.build import Encoding, build
-from selfsight.data.check import check
+from selfsight.data.check import Measure, check
 from selfsight.data.decode import open_image
 from selfsight.data.folders import Reading
+from selfsight.data.index import build_index, write_index
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError, UsageError
 
@@ -162,6 +163,35 @@ def test_check_sees_labels_that_changed_behind_the_index(tmp_path: Path) -> None
     assert check(Shards(str(tmp_path)))["bad"] == []
     (tmp_path / "x.tar").write_bytes(make_tar([("a.png", _png()), ("a.cls", b"2")]))
     assert [bad["sample"] for bad in check(Shards(str(tmp_path)))["bad"]] == ["x.tar"]
+
+
+def test_check_takes_an_index_from_before_there_were_fingerprints(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(make_tar([("a.png", _png()), ("a.cls", b"1"), ("b.png", _png())]))
+    records = build_index(tmp_path / "x.tar").copy()
+    records["print"] = 0
+    size = (tmp_path / "x.tar").stat().st_size
+    write_index(tmp_path / "x.tar.idx", records, size)
+    assert check(Shards(str(tmp_path)))["bad"] == []
+    records["print"][1] = 7
+    write_index(tmp_path / "x.tar.idx", records, size)
+    assert [bad["sample"] for bad in check(Shards(str(tmp_path)))["bad"]] == ["x.tar"]
+
+
+def test_a_folder_of_tars_may_hold_what_was_made_of_them(tmp_path: Path) -> None:
+    """An index, statistics, and copies that are being written."""
+    raw = make_tar([("x.png", _png())])
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "s.tar").write_bytes(raw)
+    build_index(tmp_path / "src" / "s.tar")
+    check(Shards(str(tmp_path / "src")), measure=Measure())
+    (tmp_path / "src" / "s.tar.123.tmp").write_bytes(b"half")
+    assert build(str(tmp_path / "src"), tmp_path / "out").samples == 1
+    (tmp_path / "src" / "s.tar.123.tmp").unlink()
+    assert build(f"{tmp_path}/src/*.tar*", tmp_path / "again", encoding=Encoding(format="png")).samples == 1
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(_png())
+    (tmp_path / "images" / "a.tar.sha256").write_text("x")
+    assert build(str(tmp_path / "images"), tmp_path / "of-images").samples == 1
 
 
 def test_check_finds_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,43 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     assert not again.training
 
 
+WRONG_INPUTS = [
+    ("depth", 12, "preprocessing.depth: "),
+    ("depth", "8", "preprocessing.depth: "),
+    ("depth", 32, "preprocessing.range: is missing"),
+    ("range", [5], "preprocessing.range"),
+    ("range", [5, 5], "preprocessing.range: give two finite"),
+    ("range", "05", "preprocessing.range"),
+    ("step", 0, "preprocessing.frame_step: "),
+    ("step", 1.5, "preprocessing.frame_step: "),
+    ("crop_pct", 2, "preprocessing.crop_pct: "),
+    ("interpolation", "nearest", "preprocessing.interpolation: "),
+    ("mean", [0.1, "0.2", 0.3], "preprocessing.mean.1: "),
+    ("std", [0.1, 0.2, 0], "neither selfsight's"),
+    ("std", [0.1, 0.2], "neither selfsight's"),
+    ("frames", 1.0, "neither selfsight's"),
+    ("frames", True, "neither selfsight's"),
+]
+
+
+def test_inputs_of_an_export_are_held_to_what_a_recipe_may_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    export(make(), tmp_path / "enc", {})
+    config = json.loads((tmp_path / "enc" / "config.json").read_text())
+    (tmp_path / "enc" / "manifest.json").unlink()
+    own = config["selfsight"]["preprocessing"]
+
+    def loaded(fields: dict[str, Any]) -> Encoder:
+        config["selfsight"]["preprocessing"] = own | fields
+        (tmp_path / "enc" / "config.json").write_text(json.dumps(config))
+        return load_encoder(tmp_path / "enc")
+
+    assert loaded({"depth": 32, "range": [-5, 2.5]}).preprocessing.range == (-5, 2.5)
+    for field, value, told in WRONG_INPUTS:
+        with pytest.raises(UsageError, match=told):
+            loaded({field: value})
+
+
 def test_features_that_differ_are_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as unchecked:
         unchecked.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)

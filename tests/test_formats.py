@@ -3,9 +3,11 @@
 import gzip
 import os
 import struct
+import sys
 import zlib
 from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import imagecodecs
@@ -20,12 +22,15 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from selfsight.data import formats
+from selfsight.data.check import own_pixels
 from selfsight.data.crops import ViewMaker
 from selfsight.data.decode import BadSample, Form, decode
-from selfsight.data.formats import over_white, read_array, shape_text, to_depth, upright
+from selfsight.data.formats import MissingLibrary, over_white, read_array, shape_text, to_depth, upright
+from selfsight.data.packing import write_shards
 from selfsight.data.picture import Picture
 from selfsight.data.views import View
-from selfsight.errors import UsageError
+from selfsight.errors import DataError
+from selfsight.train import pretrain
 
 RNG = np.random.default_rng(5)
 BANDS = RNG.integers(0, 65536, (13, 20, 24)).astype(np.uint16)
@@ -409,34 +414,82 @@ def test_a_tile_of_a_tiff_is_no_larger_than_a_sample(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_what_is_missing_is_named(module: str, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(UsageError, match=rf"needs {module}; pip install 'selfsight\[science\]'"):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingLibrary, match=rf"needs {module}; pip install 'selfsight\[science\]'"):
         read_array(body)
 
 
+GREY_16 = [
+    tiff(BANDS[0]),
+    tiff(BANDS[0], byteorder=">", compression="zlib"),
+    tiff(BANDS[0], extratags=[(0x0112, "H", 1, 6, True)]),
+]
+
+
+@pytest.mark.parametrize("body", [*GREY_16, SEEDS["png"]])
+def test_without_the_library_pillow_reads_what_it_can_with_8_bits(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = decode(body, Form(3))
+    for module in ("tifffile", "imagecodecs"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = decode(body, Form(3))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() <= (body not in GREY_16)  # of colours, the upper 8 bits
+    assert own_pixels(body, eight=True)[1].dtype == np.uint8
+    for form in (Form(3, 16), Form(3, 32, (0, 1)), Form(3, 8, (0, 4095))):
+        with pytest.raises(MissingLibrary):
+            decode(body, form)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [tiff(BANDS[0], photometric="miniswhite"), tiff(BANDS[0].astype(np.int16)), tiff(STACK), tiff(BANDS), nifti(STACK)],
+)
+def test_what_pillow_reads_otherwise_is_not_left_to_it(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tifffile", "nibabel"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingLibrary):
+        decode(body, Form(1))
+
+
+def test_a_library_that_one_file_lacks_ends_the_run_saved(
+    tmp_path: Path, small_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as a bad sample, which another would replace, and not as a wrong command, which saves nothing."""
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    bodies = [npy(np.full((8, 8), i, np.uint8)) for i in range(31)] + [tiff(BANDS)]
+    write_shards([(body, None) for body in bodies], tmp_path, "s")
+    with pytest.raises(DataError, match="needs tifffile; pip install"):
+        pretrain("digits/mae", small_fields | {"data.train": str(tmp_path)})
+    run = Path(small_fields["run_dir"])
+    steps = len([line for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line])
+    assert 0 < steps < 4
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())][-1].endswith(str(steps))
+    assert not (run / "quarantine.jsonl").exists() or not (run / "quarantine.jsonl").read_text()
+
+
 def test_depths() -> None:
-    eight, sixteen = np.arange(256, dtype=np.uint8), np.arange(65536).astype(np.uint16)
+    eight, sixteen = np.arange(256, dtype=np.uint8)[None], np.arange(65536).astype(np.uint16)[None]
     assert to_depth(eight, 8) is eight
     assert to_depth(sixteen, 16) is sixteen
-    assert np.array_equal(to_depth(eight, 16), np.arange(256) * 257)
+    assert np.array_equal(to_depth(eight, 16), np.arange(256)[None] * 257)
     assert np.array_equal(to_depth(to_depth(eight, 16), 8), eight)
-    assert np.array_equal(to_depth(sixteen, 8), np.rint(np.arange(65536) / 257))
-    for array in (eight, sixteen, np.array([-5, 7], np.int16), np.array([-0.5, 7], np.float32)):
+    assert np.array_equal(to_depth(sixteen, 8), np.rint(np.arange(65536)[None] / 257))
+    for array in (eight, sixteen, np.array([[-5, 7]], np.int16), np.array([[-0.5, 7]], np.float32)):
         assert to_depth(array, 32).dtype == np.float32
         assert np.array_equal(to_depth(array, 32), array)
-    for array in (np.array([-5, 7], np.int16), np.array([0.5], np.float32), np.array([9], np.int64)):
+    for array in (np.array([[-5, 7]], np.int16), np.array([[0.5]], np.float32), np.array([[9]], np.int64)):
         for depth, bounds in ((8, None), (16, None), (16, (-1000.0, 1000.0)), (16, (0.0, 1e6))):
             with pytest.raises(
                 BadSample, match=r"set data.depth 32 and data.range \(selfsight shards check SPEC --stats"
             ):
                 to_depth(array, depth, bounds)
-    found = to_depth(np.array([-5, 7.6, 5000], np.float32), 16, (0, 4095))
-    assert (found.dtype, found.tolist()) == (np.uint16, [0, 8, 4095])
+    found = to_depth(np.array([[-5, 7.6, 5000]], np.float32), 16, (0, 4095))
+    assert (found.dtype, found.tolist()) == (np.uint16, [[0, 8, 4095]])
     for dtype in (np.int16, np.float32, np.int64):
-        found = to_depth(np.array([-2000, -1000, 0, 1000, 9000], dtype), 8, (-1000, 1000))
-        assert (found.dtype, found.tolist()) == (np.uint8, [0, 0, 128, 255, 255])
-    assert to_depth(np.array([0, 1000, 4095, 60000], np.uint16), 8, (0, 4095)).tolist() == [0, 62, 255, 255]
-    assert to_depth(np.array([7, 200], np.uint8), 8, (0, 4095)).tolist() == [7, 200]
+        found = to_depth(np.array([[-2000, -1000, 0, 1000, 9000]], dtype), 8, (-1000, 1000))
+        assert (found.dtype, found.tolist()) == (np.uint8, [[0, 0, 128, 255, 255]])
+    assert to_depth(np.array([[0, 1000, 4095, 60000]], np.uint16), 8, (0, 4095)).tolist() == [[0, 62, 255, 255]]
+    assert to_depth(np.array([[7, 200]], np.uint8), 8, (0, 4095)).tolist() == [[7, 200]]
 
 
 def test_decoding_gives_what_the_encoder_takes() -> None:

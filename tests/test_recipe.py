@@ -160,6 +160,11 @@ def test_bases_are_inherited(tmp_path: Path) -> None:
         ("objective: {name: [a]}", r"objective.name: no objective"),
         ("seed: 18446744073709551616", r"seed: "),
         ("data: {}", r"data: give either train or mix"),
+        ("data: {train: x, range: [5, 5]}", r"data.range: give two finite numbers, the lower first"),
+        ("data: {train: x, range: [10, 5.5]}", r"data.range: give two finite numbers, the lower first"),
+        ("data: {train: x, range: [.nan, 5]}", r"data.range.0: .*finite"),
+        ("data: {train: x, range: [-.inf, 5]}", r"data.range.0: .*finite"),
+        ("data: {train: x, range: [-1.7e308, 1.7e308]}", r"data.range: give two finite"),
     ],
 )
 def test_wrong_fields_are_named_with_their_neighbours(tmp_path: Path, more: str, message: str) -> None:

@@ -53,6 +53,14 @@ def test_a_clip_is_one_read_and_its_frames_come_in_order(tmp_path: Path, form: s
     assert shards.images(1 - clip, shards.read(1 - clip)) == [b"alone"]
 
 
+def test_frames_may_be_packed_volumes(tmp_path: Path) -> None:
+    shards = indexed(tmp_path, [(f"a.{number}.nii.gz", b"%d" % number) for number in (10, 9)])
+    assert shards.frames.tolist() == [2]
+    assert shards.images(0, shards.read(0)) == [b"9", b"10"]
+    with pytest.raises(DataError, match="holds 2 images"):
+        indexed(tmp_path, [("a.0.x.jpg", b"x"), ("a.1.x.jpg", b"x")])
+
+
 def test_frames_make_a_picture(tmp_path: Path) -> None:
     files = []
     for i in range(3):

@@ -1,5 +1,6 @@
 """Training and test shards never share a group."""
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_no_group_is_on_both_sides_and_nothing_is_lost(tmp_path: Path) -> None:
     assert 3 <= len(sides[1]) <= 15
     bodies = [[shards.read(i) for i in range(len(shards))] for shards in (whole, train, test)]
     assert sorted(bodies[1] + bodies[2]) == sorted(bodies[0])
-    chosen = in_test(whole.groups, 0.3, 1)
+    chosen = in_test(whole.groups, 0.3, 1, ["a", "b"])
     assert bodies[2] == [body for body, side in zip(bodies[0], chosen, strict=True) if side]  # in their order
     assert np.array_equal(test.labels, whole.labels[chosen])
     assert (tmp_path / "test" / "groups.json").read_text() == '[\n "a",\n "b"\n]'
@@ -63,6 +64,37 @@ def test_the_side_depends_on_seed_and_group_alone() -> None:
     assert np.array_equal(in_test(groups[::-7], 0.1, 5), chosen[::-7])
     assert (in_test(groups, 0.1, 6) != chosen).any()
     assert in_test(groups, 0.3, 5)[chosen].all()  # a larger share adds groups
+
+
+def test_groups_that_are_added_later_move_nobody(tmp_path: Path) -> None:
+    """A new build numbers the groups anew, by their sorted names."""
+    early, late = [f"p{i:02}" for i in range(0, 60, 2)], [f"p{i:02}" for i in range(60)]
+    before, after = (in_test(np.arange(len(names), dtype=np.int32), 0.4, 3, names) for names in (early, late))
+    assert 5 <= before.sum() <= 20
+    assert np.array_equal(after[::2], before)
+    unnamed = in_test(np.arange(50, dtype=np.int32), 0.4, 3, early)[30:]
+    assert np.array_equal(unnamed, in_test(np.arange(50, dtype=np.int32), 0.4, 3)[30:])
+    samples = [Sample(png(np.full((3, 4), i, np.uint8)), 0, i) for i in range(30)]
+    write_shards(samples, tmp_path, "s")
+    (tmp_path / "groups.json").write_text(json.dumps(early))
+    split(str(tmp_path), tmp_path / "train", tmp_path / "test", 0.4, 3)
+    assert Shards(str(tmp_path / "test")).groups.tolist() == np.flatnonzero(before).tolist()
+
+
+def test_shards_that_cannot_lie_in_one_folder_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        source(tmp_path / folder, 8)
+    out = tmp_path / "train", tmp_path / "test"
+    with pytest.raises(UsageError, match=r"2 shards of the name s-000000.tar, which would lie in one folder"):
+        split(f"{tmp_path}/{{a,b}}", *out, 0.5)
+    for path in list((tmp_path / "b").glob("s-*")):
+        path.rename(path.with_name(path.name.replace("s-", "t-")))
+    (tmp_path / "b" / "groups.json").write_text('["c", "d"]')
+    with pytest.raises(UsageError, match=r"/a, .*/b: number other classes or groups"):
+        split(f"{tmp_path}/{{a,b}}", *out, 0.5)
+    assert not any(path.exists() for path in out)
+    (tmp_path / "b" / "groups.json").write_text('["a", "b"]')
+    assert sum(half.samples for half in split(f"{tmp_path}/{{a,b}}", *out, 0.5)) == 48
 
 
 def test_long_names_and_clips_are_copied_as_they_are(tmp_path: Path) -> None:

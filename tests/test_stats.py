@@ -1,6 +1,7 @@
 """Statistics against NumPy on all pixels at once, and what a run makes of them."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -16,6 +17,7 @@ from webfault import Plan, Server
 from selfsight import cli
 from selfsight.data.check import Measure, check, own_pixels
 from selfsight.data.decode import Form, decode, value_range
+from selfsight.data.formats import to_depth
 from selfsight.data.index import build_index
 from selfsight.data.moments import Kind, Moments
 from selfsight.data.packing import Sample, write_shards
@@ -115,6 +117,30 @@ def test_many_parts_far_from_zero_lose_nothing() -> None:
     assert total.mean == pytest.approx(flat(parts).mean(1), rel=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_a_volume_is_measured_and_converted_in_parts(dtype: Any) -> None:
+    """Of 8 MiB of 16 bits float64 takes 32, with its square and bins more than 100."""
+    volume = (np.arange(2**22) % 251 + np.arange(2**22) // 2**16).astype(dtype).reshape(1, 64, 128, 512)[..., ::-1, :]
+    tracemalloc.start()
+    try:
+        found = Moments.of(volume)
+        to_depth(volume, 8, (0.0, 300.0))
+        if dtype is np.uint16:
+            to_depth(volume, 8)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000_000
+    exact = flat([volume])
+    assert (found.pixels, found.least.tolist(), found.most.tolist()) == (2**22, [0], [exact.max()])
+    assert found.mean == pytest.approx(exact.mean(1), rel=1e-12)
+    assert found.std == pytest.approx(exact.std(1), rel=1e-9)
+    assert found.bins.sum() == 2**22
+    if dtype is not np.uint8:
+        expected = np.rint(np.clip(volume.astype(np.float32), 0, 300) * (255 / 300)).astype(np.uint8)
+        assert np.array_equal(to_depth(volume, 8, (0.0, 300.0)), expected)
+
+
 def test_some_samples_are_evenly_spaced(tmp_path: Path) -> None:
     images = arrays(9, 2, np.uint16, 0, 60000)
     shards = packed(tmp_path / "s", images)
@@ -146,6 +172,19 @@ def test_an_unnamed_axis_is_planes_if_asked(tmp_path: Path) -> None:
     shards = Shards(str(tmp_path))
     assert check(shards, measure=Measure())["stats"]["kinds"][0]["channels"] == 5
     assert check(shards, measure=Measure(volumes=True))["stats"]["planes"] == {5: 1}
+
+
+def test_of_volumes_the_advice_is_to_measure_planes(tmp_path: Path) -> None:
+    write_shards([(npy(RNG.integers(0, 4000, (8, 6, 7)).astype(np.uint16)), None)], tmp_path, "s")
+    shards = Shards(str(tmp_path))
+    data, told = config(depth=16), rf"shards check {tmp_path} --stats --volumes \(or give data.mean"
+    with pytest.raises(UsageError, match=told):
+        fill_in(data, 1, [shards], frames=4)
+    check(shards, measure=Measure())
+    with pytest.raises(UsageError, match=rf"of 8 channels of uint16; measure planes as planes with: selfsight {told}"):
+        fill_in(data, 1, [shards], frames=4)
+    check(shards, measure=Measure(volumes=True))
+    assert fill_in(data, 1, [shards], frames=4).mean is not None
 
 
 def test_mixed_kinds_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

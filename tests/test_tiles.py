@@ -14,13 +14,14 @@ from PIL import Image
 from test_formats import _peak, circular, dicom, nifti, tiff
 
 from selfsight import cli
+from selfsight.data import tiles
 from selfsight.data.build import build
 from selfsight.data.decode import Form, decode
 from selfsight.data.folders import Reading
 from selfsight.data.formats import read_array
 from selfsight.data.packing import Encoding
 from selfsight.data.shards import Shards
-from selfsight.data.tiles import Cut, Tile, background, cut_tiles
+from selfsight.data.tiles import Cut, Left, Tile, background, cut_tiles
 from selfsight.errors import DataError, UsageError
 
 RNG = np.random.default_rng(3)
@@ -111,6 +112,64 @@ def test_a_large_image_is_never_whole_in_memory(tmp_path: Path) -> None:
     before = _peak()
     assert sum(1 for _ in cut_tiles(tmp_path / "x.tif", Cut(256, background=1.0))) == 256
     assert _peak() - before < 20_000_000  # of 50 MB
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_a_strip_that_reaches_below_a_band_is_decoded_once(
+    planar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    real = tiles.TiffRows._decoded
+    monkeypatch.setattr(tiles.TiffRows, "_decoded", lambda *how: decoded.append(how[2]) or real(*how))  # type: ignore[func-returns-value]
+    image = BANDS if planar == "separate" else np.moveaxis(BANDS, 0, -1).copy()
+    for rows, strips in ((70, 1), (31, 3)):
+        body = tiff(image, photometric="minisblack", planarconfig=planar, rowsperstrip=rows, compression="zlib")
+        found = list(cut_tiles(stored(tmp_path, body), Cut(10)))
+        assert np.array_equal(pixels(found[-1]), BANDS[:, 60:, 80:])
+        assert sorted(decoded) == list(range(strips * (5 if planar == "separate" else 1)))
+        decoded.clear()
+    monkeypatch.setattr(tiles, "MOST_BYTES", 20_000)
+    list(cut_tiles(stored(tmp_path, tiff(BANDS, tile=(16, 16))), Cut(10)))
+    with pytest.raises(DataError, match="that are decoded at once; store an upright TIFF in tiles"):
+        list(cut_tiles(stored(tmp_path, body), Cut(10)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image", [BANDS, RGB], ids=["bands", "colours"])
+def test_tiles_stand_as_decoding_shows_them(image: Any, orientation: int, tmp_path: Path) -> None:
+    body = tiff(image, extratags=[(0x0112, "H", 1, orientation, True)], rowsperstrip=9)
+    depth = 16 if image is BANDS else 8
+    whole = decode(body, Form(len(image) if image is BANDS else 3, depth))
+    for tile in (found := list(cut_tiles(stored(tmp_path, body), Cut(30)))):
+        assert np.array_equal(pixels(tile), whole[:, tile.top : tile.top + 30, tile.left : tile.left + 30])
+    assert len(found) == 6
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slide = RGB.copy()
+    slide[:, 30:] = 240
+    for name, body in {"a.tif": tiff(slide), "b.png": png(RGB[:19]), "c.npy": npy(BANDS[:, :, :19])}.items():
+        stored(tmp_path, body, name)
+    left = Left()
+    assert len(list(cut_tiles(tmp_path / "a.tif", Cut(20), left))) == 6
+    assert left == Left(0, 6)
+    build(str(tmp_path), tmp_path.with_name("out"), reading=Reading(cut=Cut(20)))
+    told = f"{tmp_path}: 2 images smaller than 20 x 20 pixels; 6 tiles of background; left out"
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert Left().text(20) == ""
+
+
+def test_tiles_that_are_encoded_anew_keep_their_places(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    stored(tmp_path / "src", tiff(RGB), "x.tif")
+    build(str(tmp_path / "src"), tmp_path / "out", reading=Reading(cut=Cut(40)))
+    build(str(tmp_path / "out"), tmp_path / "again", encoding=Encoding(short_side=20, format="webp"))
+    notes = []
+    for folder in ("out", "again"):
+        with tarfile.open(Shards(str(tmp_path / folder)).paths[0]) as tar:
+            notes.append([tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".json")])  # type: ignore[union-attr]
+    assert notes[0] == notes[1]
+    assert json.loads(notes[1][1]) == {"source": "x.tif", "left": 40, "top": 0}
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,9 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
     """
     shards = open_samples(recipe.data)
     sets = shards.sets if isinstance(shards, Mixture) else [shards]
-    recipe = recipe.model_copy(update={"data": fill_in(recipe.data, recipe.encoder.channels, sets)})
+    recipe = recipe.model_copy(
+        update={"data": fill_in(recipe.data, recipe.encoder.channels, sets, recipe.encoder.frames)}
+    )
     batch = recipe.train.batch_size
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")

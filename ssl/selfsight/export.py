@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +246,7 @@ def _from_export(path: Path) -> Encoder:
         ours = written["selfsight"]
         config = EncoderConfig.model_validate(ours["encoder"])
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in ours["preprocessing"].items()}
-        made = _as_preprocessing(fields)
+        made = _as_preprocessing(fields, path)
     except ValidationError as error:
         raise UsageError(f"{path}: config.json: {'; '.join(explain(error, 'encoder.', EncoderConfig))}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -262,13 +261,20 @@ def _from_export(path: Path) -> Encoder:
     return encoder.eval()
 
 
-def _as_preprocessing(fields: dict[str, Any]) -> Preprocessing:
-    """What config.json says of it, as typed as our own would be; raises TypeError or ValueError."""
+def _as_preprocessing(fields: dict[str, Any], path: Path) -> Preprocessing:
+    """What config.json says of it, held to what a recipe may say; raises TypeError, ValueError, or UsageError with the field."""
     made = Preprocessing(**fields)
-    if made.interpolation not in {"bicubic", "bilinear"} or not 0 < float(made.crop_pct) <= 1:
+    told = {name: getattr(made, name) for name in ("mean", "std", "interpolation", "crop_pct", "depth", "range")}
+    try:
+        DataConfig.model_validate(told | {"train": "", "frame_step": made.step}, strict=True)
+    except ValidationError as error:
+        raise UsageError(f"{path}: config.json: {'; '.join(explain(error, 'preprocessing.', DataConfig))}") from None
+    if any(type(count) is not int for count in (made.image_size, made.channels, made.frames)):  # bool and 1.0 equal 1
+        raise TypeError(made)
+    if not len(made.mean) == len(made.std) == made.channels or min(made.std) <= 0:
         raise ValueError(made)
-    if not len(made.mean) == len(made.std) == made.channels or not all(map(isfinite, (*made.mean, *made.std))):
-        raise ValueError(made)
+    if made.depth == 32 and made.range is None:
+        raise UsageError(f"{path}: config.json: preprocessing.range: is missing; a depth of 32 needs it")
     return made
 
 

@@ -6,10 +6,11 @@ recipe = load("recipes/digits/mae.yaml", {"optim.lr": "1e-3"})
 import copy
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 import selfsight
 from selfsight import plainyaml
@@ -86,6 +87,13 @@ class DataConfig(Section):
         if self.mix and self.block > 1:
             raise ValueError("block: the turns of a mixture are shuffled over the epoch; leave it at 1")
         return self
+
+    @field_validator("range")
+    @classmethod
+    def _rising(cls, range: tuple[float, float] | None) -> tuple[float, float] | None:
+        if range and not 0 < range[1] - range[0] < inf:
+            raise ValueError("give two finite numbers, the lower first")
+        return range
 
 
 class EncoderConfig(Section):

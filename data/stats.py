@@ -128,7 +128,7 @@ def fill_in(data: DataConfig, channels: int, sets: Sequence[Shards], frames: int
         UsageError: they are wanted, and the shards have none, or of other channels.
     """
     ranged = data.range is None and data.depth == 32
-    given = (data.mean and data.std) or (data.mix and all(part.mean and part.std for part in data.mix))
+    given = data.mean and data.std  # a mixture's own do not stand for these, by which it is scored and exported
     if (given or (channels in (1, 3) and data.depth == 8)) and not ranged:
         return data
     found = read_stats(*sets)

@@ -55,10 +55,10 @@ def evaluate(
         raise UsageError(f"no evaluator {', '.join(sorted(unknown))}; there are {', '.join(EVALUATORS)}")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sets = scorable_sets(train, test, k)
-    if all(own.fingerprinted for own in sets) and (common := int(np.isin(sets[1].prints, sets[0].prints).sum())):
-        say(f"warning: {common:,} of the {len(sets[1]):,} test images are in train, too; their score is worth little")
     live = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
     live = live.to(device)
+    if all(own.fingerprinted for own in sets) and (common := int(np.isin(sets[1].prints, sets[0].prints).sum())):
+        say(f"warning: {common:,} of the {len(sets[1]):,} test images are in train, too; their score is worth little")
     scores: list[Score] = []
     # One at a time: the features of several encoders would not fit beside each other.
     say("scoring the pretrained encoder")

@@ -421,3 +421,13 @@ def test_statistics_of_many_remote_shards_are_asked_for_together(
         monkeypatch.setattr(server, "fault", real)
         assert read_stats(far) is None
         far.close()
+
+
+def test_statistics_of_each_set_do_not_stand_for_those_of_the_scores(tmp_path: Path) -> None:
+    images = arrays(4, 4, np.uint8)
+    shards = packed(tmp_path / "a", images)
+    measured(shards)
+    part = {"train": str(tmp_path / "a"), "mean": [0.1] * 4, "std": [0.2] * 4}
+    filled = fill_in(DataConfig.model_validate({"mix": [part]}), 4, [shards])
+    assert filled.mean == pytest.approx(flat(images).mean(1) / 255)
+    assert filled.mix[0].mean == (0.1,) * 4

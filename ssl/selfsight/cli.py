@@ -6,11 +6,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from selfsight import __version__
 from selfsight.errors import DataError, SelfsightError, StorageError, UsageError
 from selfsight.redact import redact
+
+if TYPE_CHECKING:
+    from selfsight.recipe import Recipe
 
 FIELD_COMMANDS = ("pretrain", "quickstart", "teacher", "doctor")  # take recipe fields as options
 EXIT_CODES = (
@@ -267,27 +270,37 @@ class _HelpWithFields(argparse.Action):
         parser.exit()
 
 
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    """The recipe of a command, before anything imports torch: a misspelt field is told at once."""
+    from selfsight.recipe import load
+
+    return load(options.recipe, options.fields)
+
+
 def _pretrain(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
     from selfsight.console import score_table
     from selfsight.train import pretrain
 
-    scores = pretrain(options.recipe, options.fields, options.allow_change).get("scores")
+    scores = pretrain(recipe, allow_change=options.allow_change).get("scores")
     if scores:
         score_table(scores, f"{scores[0]['test']}, % correct")
     return 0
 
 
 def _teacher(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
     from selfsight.teach import store_teacher
 
-    print(store_teacher(options.recipe, options.fields))
+    print(store_teacher(recipe))
     return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
     from selfsight.doctor import doctor
 
-    return doctor(options.recipe, options.fields, options.json)
+    return doctor(recipe, as_json=options.json)
 
 
 def _quickstart(options: argparse.Namespace) -> int:

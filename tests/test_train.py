@@ -332,6 +332,17 @@ def test_another_recipe_is_refused_and_named(small_fields: Fields, tmp_path: Pat
     pretrain("digits/mae", small_fields | {"train.workers": 1, "train.log_every": 2})  # these may change
 
 
+def test_a_run_that_cannot_start_leaves_no_folder(small_fields: Fields) -> None:
+    folder = Path(small_fields["run_dir"])
+    with pytest.raises(UsageError):
+        pretrain("digits/mae", small_fields | {"train.batch_size": 1000})
+    assert not folder.exists()
+    folder.mkdir()  # somebody's own
+    with pytest.raises(UsageError):
+        pretrain("digits/mae", small_fields | {"train.batch_size": 1000})
+    assert folder.exists()
+
+
 def test_too_little_data_and_uneven_batches_are_said_before_the_model(
     small_fields: Fields, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,12 @@ def _started(pid: int) -> str:
         return ""
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder, unless something lies in it."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def require_writable(folder: Path) -> None:
     """Raise StorageError if the folder cannot be made or a file in it be written: before data and models are loaded."""
     probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"

@@ -44,7 +44,7 @@ from selfsight.processes import StopRequest, agree, join, loader_workers, same_o
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
 from selfsight.redact import redact_tree
-from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, require_writable, write_atomically
+from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, remove_if_empty, require_writable, write_atomically
 from selfsight.saver import Saver
 
 # For which all ranks end a run at the same step; for the last two nothing can be saved.
@@ -73,8 +73,10 @@ def pretrain(
         raise UsageError("overrides go with a recipe's file or name; a Recipe is complete")
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides)
     require_trackers(recipe.track)
-    require_writable(recipe.run_dir)
     with ExitStack() as stack:
+        if not recipe.run_dir.exists():
+            stack.callback(remove_if_empty, recipe.run_dir)  # a run that cannot start leaves nothing behind
+        require_writable(recipe.run_dir)
         accelerator = join(recipe)  # a signal before this ends the process: there is nothing to save
         stop = stack.enter_context(StopRequest())
         main = accelerator.is_main_process

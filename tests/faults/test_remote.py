@@ -366,7 +366,9 @@ def test_what_waits_in_a_queue_does_not_begin_to_be_patient(
     far.prefetch(range(12))
     with pytest.raises(DataGone, match=r"HTTP 503, for \d\.\d s\)"):
         far.read(11)
-    assert 12 <= server.attempts[f"/{NAMES[0]}"] <= 12 + 4  # one try each but the first, which has four in 0.4 s
+    assert (
+        12 <= server.attempts[f"/{NAMES[0]}"] <= 24
+    )  # one try each but for the first, which has some in 0.4 s; were each patient: 48
 
 
 def test_patience_is_counted_from_the_first_fault_since_anything_came(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """Several sets as one: each gets its share of every epoch, and its own samples stay equally often.
 
-Position p of the run lies in epoch e at index i, as for one set. A permutation of the epoch's N slots says whose turn it is:
-set k has n_k of them, in proportion to its weight. The set's own position is then e * n_k + (the slot's number in its share),
-and its sample that of a run over the set alone. So a mixture is a pure function of the position, too, and a small set that
-weighs much is walked through again and again, each sample as often as the others.
+Position p of the run lies in epoch e at index i, as for one set. Turns go round evenly: of any stretch of an epoch each set
+has its share n_k / N, to within a sample for each set, so that every batch is a small picture of the mixture. The set's own
+position is e * n_k plus its turns before i, and its sample that of a run over the set alone, blocks included. So a mixture is
+a pure function of the position, too, and a small set that weighs much is walked through again and again, each sample as
+often as the others.
 """
 
 from bisect import bisect_right
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfsight import keyed
-from selfsight.data.order import Ids, sample_ids
+from selfsight.data.order import Ids
 from selfsight.data.shards import Shards
 from selfsight.errors import UsageError
 
@@ -60,15 +61,20 @@ class Mixture:
         return epochs
 
     def _turns(self, positions: Ids, seed: int) -> Iterator[tuple[int, NDArray[np.bool_], Ids, int]]:
-        """Set by set: its number, which positions are its, their positions within it, and the seed of its order."""
-        positions = np.asarray(positions, np.int64)
-        slots, ends = sample_ids(positions, len(self), seed), np.cumsum(self.shares)
-        owner = np.searchsorted(ends, slots, side="right")
+        """Set by set: its number, which positions are its, their positions within it, and the seed of its order.
+
+        The first set against all others, the second against the rest, and so on: of `left` slots a set has `share`, at those
+        where floor(i * share / left) steps up (Bresenham's line).
+        """
+        epoch, index = np.divmod(np.asarray(positions, np.int64), len(self))
+        open_, left = np.ones(len(index), bool), len(self)
         for number, share in enumerate(self.shares):
-            mine = owner == number
+            before = index * share // left
+            mine = open_ & ((index + 1) * share // left > before)
             if mine.any():
-                turns = positions[mine] // len(self) * share + slots[mine] - (ends[number] - share)
-                yield number, mine, turns, int(keyed.hashes(seed, f"set {number}", [0], 1)[0, 0] >> np.uint64(1))
+                key = int(keyed.hashes(seed, f"set {number}", [0], 1)[0, 0] >> np.uint64(1))
+                yield number, mine, (epoch * share + before)[mine], key
+            open_, index, left = open_ & ~mine, index - before, max(1, left - share)
 
     def set_of(self, ids: Ids) -> Ids:
         """Which set each sample (P,) is of."""
@@ -100,8 +106,10 @@ class Mixture:
         own, number, _ = self._locate(sample)
         return own.read(number)
 
-    block = 1
-    """Turns are shuffled over the whole epoch, so that no neighbours come near each other."""
+    @property
+    def block(self) -> int:
+        """As `Shards.block`, the same for all."""
+        return self.sets[0].block
 
     @property
     def remote(self) -> bool:

@@ -77,6 +77,35 @@ def test_the_order_is_a_function_of_the_position(folders: list[Path]) -> None:
     assert order[0] != order[1]  # sets of one size are not walked in step
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 200), st.integers(1, 60))
+def test_every_stretch_has_its_shares(shares: list[int], start: int, count: int) -> None:
+    """Of any stretch that lies in one epoch each set has its share, to within as many samples as there are sets."""
+    mixture = Mixture.__new__(Mixture)
+    mixture.shares, total = shares, sum(shares)
+    mixture.starts = [0, total]
+    start %= total
+    count = min(count, total - start)
+    positions = np.arange(start, start + count) + 3 * total
+    found = {number: (int(mine.sum()), turns) for number, mine, turns, _ in mixture._turns(positions, 0)}
+    assert sum(held for held, _ in found.values()) == count
+    for number, share in enumerate(shares):
+        held, turns = found.get(number, (0, np.empty(0, int)))
+        assert abs(held - count * share / total) <= len(shares)
+        if held:  # its own positions follow each other
+            assert turns.tolist() == list(range(int(turns[0]), int(turns[0]) + held))
+            assert 3 * share <= turns[0]
+            assert turns[-1] < 4 * share
+
+
+def test_blocks_keep_neighbours_of_each_set_together(folders: list[Path]) -> None:
+    """Of both sets, two thirds of a window of 64 blocks of 2 are all they have, so that order alone is looked at."""
+    mixture = Mixture([Shards(str(folder), 2) for folder in folders], (None, None))
+    assert mixture.block == 2
+    assert all(sorted(mixture.ids(np.arange(37) + 37 * e, 1).tolist()) == list(range(37)) for e in range(3))
+    plain = Mixture(sets(folders), (None, None))
+    assert not np.array_equal(mixture.ids(np.arange(37), 1), plain.ids(np.arange(37), 1))
+
+
 def test_samples_are_the_sets_own(folders: list[Path]) -> None:
     first, second = sets(folders)
     mixture = Mixture([first, second], (None, None))

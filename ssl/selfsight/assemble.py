@@ -176,7 +176,7 @@ def open_samples(data: DataConfig) -> Samples:
     """The one set of a recipe, or its mixture."""
     if data.train is not None:
         return Shards(data.train, data.block)
-    return Mixture([Shards(part.train) for part in data.mix], [part.weight for part in data.mix])
+    return Mixture([Shards(part.train, data.block) for part in data.mix], [part.weight for part in data.mix])
 
 
 def has_planes(samples: Samples, made: Preprocessing) -> bool | None:

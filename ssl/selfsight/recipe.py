@@ -84,8 +84,6 @@ class DataConfig(Section):
     def _something(self) -> "DataConfig":
         if (self.train is None) == (not self.mix):
             raise ValueError("give either train or mix (beside a recipe's own train: --data.train null)")
-        if self.mix and self.block > 1:
-            raise ValueError("block: the turns of a mixture are shuffled over the epoch; leave it at 1")
         return self
 
     @field_validator("range")

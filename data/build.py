@@ -185,7 +185,7 @@ def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
     notes = (note for path in shards.paths if isinstance(path, Path) for note in _notes(path))
     columns = zip(shards.labels, shards.groups, shards.frames, notes, strict=True)
     for i, (label, group, frames, note) in enumerate(columns):
-        images: list[Image.Image | bytes] = [*shards.images(i, shards.read(i))]
+        images: list[Image.Image | bytes] = [*shards.read_images(i)]
         image = images if frames else images[0]
         known = None if unlabelled or label == NONE else int(label)
         yield Sample(image, known, None if group == NONE else int(group), note)

@@ -37,7 +37,7 @@ class Encoded(NamedTuple):
 
 def size_of(body: bytes, form: Form) -> tuple[int, int] | None:
     """Width and height of what the device can decode; None: the usual way."""
-    header = read_header(body) if body.startswith(b"\xff\xd8\xff") else None
+    header = read_header(body)
     if header is None or form != Form(header.components) or not header.upright:
         return None
     return (header.width, header.height) if header.width * header.height <= MAX_PIXELS else None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 SEQUENTIAL = frozenset({0xC0, 0xC1})
 FRAMES = SEQUENTIAL | {0xC2}  # with progressive ones
 START_OF_SCAN, EXIF, END = 0xDA, 0xE1, b"\xff\xd9"
+START = b"\xff\xd8\xff"
 BLOCK = 8  # rows of a block of coefficients
 REDUCTIONS = (8, 4, 2)  # by which blocks can be decoded smaller
 WORTH = 0.9  # of the rows: more are decoded with the rest, sooner than it is made sure that they may be cut off
@@ -60,7 +61,7 @@ def decode_jpeg(body: bytes, channels: int, most: int, needs: Needs | None = Non
     None is the answer to what is no JPEG, or is rotated, CMYK, of a rarer kind, of colours where grey is wanted, damaged, or
     of more than `most` pixels, and where simplejpeg is not installed. The rows beyond those in need may be anything.
     """
-    header = read_header(body) if body.startswith(b"\xff\xd8\xff") and library() else None
+    header = read_header(body) if library() else None
     if header is None or not header.upright or header.width * header.height > most:
         return None
     if header.components != channels and (header.components, channels) != (1, 3):
@@ -95,6 +96,8 @@ def library() -> ModuleType | None:
 
 def read_header(body: bytes) -> Header | None:
     """The header of a JPEG of 8 bits, Huffman-coded; None for any other, or a damaged one."""
+    if not body.startswith(START):
+        return None
     at, upright, frame = 2, True, 0
     while at + 4 <= len(body) and body[at] == 0xFF:
         marker, length = body[at + 1], body[at + 2] << 8 | body[at + 3]

@@ -122,6 +122,11 @@ class Mixture:
         for own, start in zip(self.sets, self.starts[:-1], strict=True):
             own.prefetch([number for _, number, first in located if first == start], keep)
 
+    def read_images(self, sample: int) -> list[bytes]:
+        """As `Shards.read_images`."""
+        own, number, _ = self._locate(sample)
+        return own.read_images(number)
+
     def images(self, sample: int, body: bytes) -> list[bytes]:
         """As `Shards.images`."""
         own, number, _ = self._locate(sample)

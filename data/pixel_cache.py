@@ -185,7 +185,7 @@ def _shape(samples: Samples, form: Form) -> tuple[int, ...]:
 
 def _decoded(samples: Samples, sample: int, form: Form, bad: dict[int, str]) -> Pixels | None:
     """The image; None, and why, if it cannot be decoded. Bytes that have changed are another matter: they may come back."""
-    images = samples.images(sample, samples.read(sample))
+    images = samples.read_images(sample)
     if len(images) > 1:
         raise UsageError(f"{samples.describe(sample)}: is a clip of {len(images)} images; a cache is for plain images")
     try:

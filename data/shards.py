@@ -199,6 +199,15 @@ class Shards:
             raise ShardChanged(changed(self.paths[shard]))
         raise BadSample(f"{self.describe(sample)}: the bytes are not those that were indexed (CRC)")
 
+    @property
+    def sets(self) -> list["Shards"]:
+        """As `Mixture.sets`: itself alone."""
+        return [self]
+
+    def read_images(self, sample: int) -> list[bytes]:
+        """The encoded images of a sample; raises as `read` and `images`."""
+        return self.images(sample, self.read(sample))
+
     def images(self, sample: int, body: bytes) -> list[bytes]:
         """The encoded images in the bytes of a sample: its one image, or the frames of a clip in order."""
         frames = int(self._locate(sample)[1]["frames"])

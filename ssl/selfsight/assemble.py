@@ -182,7 +182,7 @@ def open_samples(data: DataConfig) -> Samples:
 def has_planes(samples: Samples, made: Preprocessing) -> bool | None:
     """Whether the first sample has more planes than an input takes, of which views show different ones; None if it is bad."""
     try:
-        return Picture(samples.images(0, samples.read(0)), made.form).planes > made.frames
+        return Picture(samples.read_images(0), made.form).planes > made.frames
     except BadSample:
         return None
 
@@ -213,9 +213,8 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         UsageError, DataError: whatever in the recipe cannot be built, before the first step.
     """
     shards = open_samples(recipe.data)
-    sets = shards.sets if isinstance(shards, Mixture) else [shards]
     recipe = recipe.model_copy(
-        update={"data": fill_in(recipe.data, recipe.encoder.channels, sets, recipe.encoder.frames)}
+        update={"data": fill_in(recipe.data, recipe.encoder.channels, shards.sets, recipe.encoder.frames)}
     )
     batch = recipe.train.batch_size
     if len(shards) < batch:

@@ -40,7 +40,6 @@ IMAGES, IMAGE_SECONDS = 256, 6.0
 STEP_SECONDS, STEPS = 8.0, 5
 FEW_STEPS = 100
 OLD_INDEX = "an index is of an older release; selfsight shards index makes it anew"
-JPEG = b"\xff\xd8\xff"
 DIM = 64  # a brightest value below which 8 bits show only shadows
 VALUES = 1000  # of an image, which tell its statistics well enough
 MICRO = 8  # images in the steps that are timed on a CPU
@@ -86,7 +85,7 @@ def examine(recipe: Recipe) -> list[Finding]:
 def of_index(parts: Parts) -> Iterator[Finding]:
     """What the index alone tells: counts, labels, exact duplicates."""
     samples, labels = parts.shards, parts.shards.labels
-    sets = samples.sets if isinstance(samples, Mixture) else [samples]
+    sets = samples.sets
     if (frames := max(int(own.frames.max()) for own in sets)) > 1:
         taken = parts.encoder.preprocessing.frames
         told = f"clips of up to {frames} frames; a view shows {taken} of them"
@@ -141,7 +140,7 @@ def of_overlap(parts: Parts) -> Iterator[Finding]:
         return
     tested = Shards(scored.test)
     for name, spec in (("data.train", None), ("eval.train", scored.train)):
-        sets = [Shards(spec)] if spec else getattr(parts.shards, "sets", [parts.shards])
+        sets = [Shards(spec)] if spec else parts.shards.sets
         if not all(own.fingerprinted for own in (tested, *sets)):
             yield Finding("note", "overlap", f"of eval.test and {name}: not known: {OLD_INDEX}")
             continue
@@ -163,7 +162,7 @@ def of_images(parts: Parts) -> Iterator[Finding]:
             break
         read += 1
         try:
-            pixels = Picture(samples.images(sample, samples.read(sample)), made.form, made.step).window(0.5)
+            pixels = Picture(samples.read_images(sample), made.form, made.step).window(0.5)
         except BadSample as error:
             bad[str(error).split(": ")[-1]] += 1
             continue
@@ -253,7 +252,7 @@ def of_model(parts: Parts, accelerator: Accelerator) -> Iterator[Finding]:
 def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Finding]:
     workers = affordable_workers(batches.item_bytes, loader_workers(parts.recipe))
     some = replace(batches, batch_size=min(64, batches.batch_size), accumulate=1)
-    one = some.batch_size / _fastest(lambda number: some[number], 3)
+    one = some.batch_size / _median_seconds(lambda number: some[number], 3)
     data = one * max(1, workers)
     told = f"one rank computes {compute:,.0f} images/s; {workers} workers of {one:,.0f} images/s read {data:,.0f}"
     rate = min(compute, data) if workers else 1 / (1 / compute + 1 / one)  # without workers one waits for the other
@@ -270,14 +269,14 @@ def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Findin
 def _faster(parts: Parts, batches: Batches) -> str:
     """What would make the data faster."""
     samples, made = parts.shards, parts.encoder.preprocessing
-    body, plain = samples.images(0, samples.read(0))[0], made.form == Form(made.channels)
+    body, plain = samples.read_images(0)[0], made.form == Form(made.channels)
     with suppress(BadSample):
         small = plain and max(decode(body, made.form).shape[1:]) <= LARGEST_SIDE
         if small and not batches.cache and not isinstance(samples, Mixture):
             return (
                 f"selfsight shards cache {samples.spec} --channels {made.channels} would decode them once and for all"
             )
-    if body.startswith(JPEG) and jpeg.library() is None:
+    if body.startswith(jpeg.START) and jpeg.library() is None:
         return "pip install 'selfsight[fast]' decodes JPEGs a third faster"
     return "more train.workers" + (", or shards built with --short-side" if plain else "")
 
@@ -307,7 +306,7 @@ def timed_steps(parts: Parts, batches: Batches, accelerator: Accelerator) -> tup
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step(0)
-    return _fastest(step, STEPS), sum(size for where, size in saved.items() if where not in weights)
+    return _median_seconds(step, STEPS), sum(size for where, size in saved.items() if where not in weights)
 
 
 def of_disk(parts: Parts) -> Iterator[Finding]:
@@ -331,7 +330,7 @@ def show(found: list[Finding]) -> None:
         say("nothing in the way of this run")
 
 
-def _fastest(make: Callable[[int], object], times: int) -> float:
+def _median_seconds(make: Callable[[int], object], times: int) -> float:
     """Median seconds of a few calls, the first of which only warms up, within the time that is left for it."""
     end, taken = time.monotonic() + STEP_SECONDS, []
     for number in range(times + 1):

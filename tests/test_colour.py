@@ -195,3 +195,17 @@ def test_hue_keeps_value_and_saturation_and_comes_round(made: list[tuple[float, 
         assert torch.allclose(shift_hue(pixels, torch.full((1, 1, 1, 1), whole)), pixels, atol=1e-5)
     thirds = shift_hue(pixels, torch.full((1, 1, 1, 1), 1 / 3))  # red becomes green, green blue, blue red
     assert torch.allclose(thirds, pixels.roll(1, 1), atol=1e-5)
+
+
+def test_all_planes_get_one_change_and_none_is_blurred_into_the_next() -> None:
+    """Plane by plane with the same draws; only contrast looks at the whole."""
+    planes = torch.stack([images(seed=seed) for seed in (0, 1, 2)], dim=2)  # (B, 3, D, H, W)
+    for own in ({"jitter": 1.0, "contrast": 0.0}, {"grayscale": 1.0}, {"blur": 1.0}, {"solarize": 1.0}):
+        view = View(**PLAIN | own)
+        expected = torch.stack([change_colour(planes[:, :, d], view, draws(6)) for d in range(3)], dim=2)
+        assert torch.allclose(change_colour(planes, view, draws(6)), expected, atol=1e-6)
+    given_ = draws(6)
+    only = View(**PLAIN | {"jitter": 1.0, "brightness": 0.0, "saturation": 0.0, "hue": 0.0})
+    factor = torch.from_numpy(1 - only.contrast + 2 * only.contrast * given_[:, 2]).float().view(-1, 1, 1, 1, 1)
+    mean = torch.stack([to_gray(planes[:, :, d]).mean((1, 2, 3)) for d in range(3)]).mean(0).view(-1, 1, 1, 1, 1)
+    assert torch.allclose(change_colour(planes, only, given_), (mean + (planes - mean) * factor).clamp(0, 1), atol=1e-5)

@@ -277,3 +277,15 @@ def test_a_rate_a_hundred_times_too_high_raises_the_alarm(tmp_path: Path, capsys
     for factor in (1, 100):
         pretrain("digits/rotation", fields | {"run_dir": str(tmp_path / str(factor)), "optim.lr": factor * own})
         assert ("of untrained weights" in capsys.readouterr().err) == (factor == 100)
+
+
+def test_the_first_steps_are_compared_with_untrained_weights_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss that doubles is told at once; one that trembles leaves no past behind by which the next looks would judge."""
+    past = Past()
+    watch = DivergenceWatch(past)
+    for step, loss in enumerate((1.0, 0.9, 1.5, 1.9, 0.5, 1.9, 1.9, 1.9, 1.9), start=1):
+        watch(step, loss, quiet=False)
+    assert (past.looks, past.mean, past.high) == (1, 1.0, 0)
+    assert not past.told
+    watch(9, 2.1, quiet=False)
+    assert "above the 1 of untrained weights" in capsys.readouterr().err

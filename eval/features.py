@@ -1,6 +1,6 @@
 """Features of a whole set, extracted once: frozen encoder, evaluation's view, every sample exactly once and in order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,9 +32,24 @@ class Features(NamedTuple):
     vectors: dict[str, Tensor]
     """By pool: (N, D) float32 on the CPU."""
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64, -1 where there is none; or (N, C) bool where labels are lists."""
     groups: Tensor
     """(N,) int64: patient, slide or scene, -1 where there is none."""
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a sample has a list of labels."""
+        return self.labels.ndim == 2
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are taken from an encoder, beyond its plain forward pass."""
+
+    scales: tuple[int, ...] = (1,)
+    """S2: the image in multiples of the encoder's size, larger ones in tiles; features side by side."""
+    merge: int = 0
+    """Token merging: patch tokens that each block merges away."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +106,32 @@ def labels_of(shards: Shards, ids: np.ndarray) -> Tensor:
     return torch.from_numpy(labels)
 
 
+def targets_of(shards: Shards, ids: np.ndarray) -> Tensor:
+    """Labels of samples as they are: (N,) int64, -1 where there is none."""
+    return torch.from_numpy(shards.labels[ids].astype(np.int64))
+
+
 def groups_of(shards: Shards, ids: np.ndarray) -> Tensor:
     """Groups of samples (N,), -1 where there is none."""
     return torch.from_numpy(shards.groups[ids].astype(np.int64))
+
+
+def prepared(
+    made: Preprocessing,
+    shards: Samples,
+    device: torch.device,
+    ids: np.ndarray | None = None,
+    workers: int = 0,
+    size: int | None = None,
+) -> Iterator[Tensor]:
+    """Normalised inputs of samples `ids` (all, if not given) in order, (b, C, S, S) or with planes, on the device.
+
+    The one way from a set to an evaluator's images.
+    """
+    crops = CentralCrops.of(shards, np.arange(len(shards)) if ids is None else ids, made, size)
+    mean, std = made.statistics(device)
+    for pixels in crops.read(workers, device.type == "cuda"):
+        yield normalize(pixels.to(device, non_blocking=True), mean, std, made.values)
 
 
 @torch.inference_mode()
@@ -109,29 +147,23 @@ def extract(
     """Features of samples `ids` (all, if not given) by `encoder.embed`, in fp32.
 
     Raises:
-        UsageError: missing labels.
         NumericError: features that are not finite.
     """
     ids = np.arange(len(shards)) if ids is None else ids
-    labels = labels_of(shards, ids)
-    made = encoder.preprocessing
-    crops = CentralCrops.of(shards, ids, made)
-    mean, std = made.statistics(device)
     pools = tuple(pools or (encoder.pool,))
     parts: dict[str, list[Tensor]] = {pool: [] for pool in pools}
     training = encoder.training
     encoder.eval()
-    for pixels in crops.read(workers, device.type == "cuda"):
-        features = encoder.embed_pools(normalize(pixels.to(device, non_blocking=True), mean, std, made.values), pools)
-        for pool, feature in features.items():
+    for images in prepared(encoder.preprocessing, shards, device, ids, workers):
+        for pool, feature in encoder.embed_pools(images, pools).items():
             parts[pool].append(feature.float().cpu())
-        advance(len(pixels))
+        advance(len(images))
     encoder.train(training)
     vectors = {pool: torch.cat(part).clone() for pool, part in parts.items()}
     for pool, values in vectors.items():
         if not values.isfinite().all():
             raise NumericError(f"the encoder gives features that are not finite ({pool}, {shards.spec})")
-    return Features(vectors, labels, groups_of(shards, ids))
+    return Features(vectors, targets_of(shards, ids), groups_of(shards, ids))
 
 
 def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) -> Features:
@@ -144,4 +176,4 @@ def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) ->
     pixels = torch.cat(list(crops.read(workers, False)))
     values = unit(pixels.flatten(1), preprocessing.values)
     vectors = torch.cat([values, torch.full((len(pixels), 1), 1e-3)], dim=1)
-    return Features({"pixels": vectors}, labels_of(shards, ids), groups_of(shards, ids))
+    return Features({"pixels": vectors}, targets_of(shards, ids), groups_of(shards, ids))

@@ -21,6 +21,8 @@ class KNNResult(NamedTuple):
 
     accuracy: float
     """Percent."""
+    predicted: Tensor
+    """(M,) the class of each test sample, 0 to C - 1 in the order of train's classes."""
     k: int
     candidates: tuple[int, ...]
 
@@ -93,8 +95,8 @@ def knn(
         best = candidates[int(accuracy.argmax())]
     else:
         best = candidates[0]
-    hits = predict(train, train_labels, test, (best,))[:, 0] == test_labels
-    return KNNResult(100 * hits.double().mean().item(), best, candidates)
+    predicted = predict(train, train_labels, test, (best,))[:, 0]
+    return KNNResult(100 * (predicted == test_labels).double().mean().item(), predicted, best, candidates)
 
 
 def predict(bank: Tensor, labels: Tensor, queries: Tensor, k: Sequence[int]) -> Tensor:

@@ -321,9 +321,9 @@ def test_unlabelled_one_class_and_broken_images_are_refused(encoder: Encoder, tm
     write_shards(iter(pictures(30, classes=1)), tmp_path / _made(tmp_path, "one"), "s")
     write_shards(iter(pictures(30)), tmp_path / _made(tmp_path, "rot"), "s")
     with pytest.raises(UsageError, match="30 of 30 samples have no label; scores need labels"):
-        extract(encoder, Shards(str(tmp_path / "none")), CPU)
+        evaluate(encoder, str(tmp_path / "none"), str(tmp_path / "rot"))
     with pytest.raises(UsageError, match="all 30 samples have the label 0; scores need two classes"):
-        extract(encoder, Shards(str(tmp_path / "one")), CPU)
+        evaluate(encoder, str(tmp_path / "one"), str(tmp_path / "rot"))
     with pytest.raises(UsageError, match="have no label"):
         OnlineKNN(EvalConfig(train=str(tmp_path / "none")))
     shards = Shards(str(tmp_path / "rot"))

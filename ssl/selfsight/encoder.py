@@ -5,7 +5,7 @@ features = encoder.embed(images)         # the one function that turns images in
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.stem import patchify, unpatchify
 
+LAST4 = "last4"  # the pool of the last four blocks
 PLANE_TABLES = ("depth_embed", "channel_embed")  # an encoder's own, beside its backbone's tensors
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -201,21 +202,54 @@ class Encoder(nn.Module):
             if keep is not None or (mask is not None and not self.hierarchical):
                 raise UsageError(f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model")
             return self._as_tokens(self._dense(images, mask, mask_token))
+        first, rope = self._begin(images, keep, mask, mask_token, any_size, shown)
+        last = first
+        for _, x in self._steps(first, rope):
+            last = x
+        return self._normed(last)
+
+    def _begin(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        any_size: bool = False,
+        shown: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What enters the first block, and the rotary positions, if there are any."""
         grid = self._grid_of(images, any_size, shown)
         x = self._embed_patches(images, keep)
         if mask is not None:
             assert mask_token is not None
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
         x, rope = self._add_positions(x, keep, grid, shown)
-        x = self.backbone.norm_pre(x)
+        return self.backbone.norm_pre(x), rope
+
+    def _steps(self, x: Tensor, rope: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """The number of each block, and the tokens after it."""
         for depth, block in enumerate(self.blocks):
             extra: dict[str, Any] = {} if rope is None else {"rope": rope[depth] if self.backbone.rope_mixed else rope}
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(with_its_draws(block), x, use_reentrant=False, **extra)
             else:
                 x = block(x, **extra)
+            yield depth, x
+
+    def _normed(self, x: Tensor) -> Tokens:
         x = self.backbone.norm(x)
         return Tokens(x[:, : self.prefix_tokens], x[:, self.prefix_tokens :])
+
+    def layers(self, images: Tensor, last: int, channels: Sequence[int] | None = None) -> list[Tokens]:
+        """Tokens after each of the last so many blocks, each normalised by the last norm, as DINOv2's probes take them.
+
+        Raises:
+            UsageError: a backbone that is not a plain ViT, or has fewer blocks.
+        """
+        if not self.plain or not 1 <= last <= len(self.blocks):
+            raise UsageError(f"{self.config.name}: the last {last} blocks can be had of a plain ViT that has as many")
+        start = self._begin(images, shown=self._shown(channels))
+        return [self._normed(x) for depth, x in self._steps(*start) if depth >= len(self.blocks) - last]
 
     def embed(
         self,
@@ -228,6 +262,7 @@ class Encoder(nn.Module):
 
         The online probe, kNN, linear probe, export check and report all come through here, and no other way.
         With channel tokens any of the channels will do: `embed(images[:, [0, 2]], channels=(0, 2))`.
+        Pools are "cls", "mean", "cls+mean", "gem", "last4" and "head"; see `pool_tokens`, `pool_layers` and `pools`.
         """
         pool = pool or self.pool
         return self.embed_pools(images, (pool,), draw, channels)[pool]
@@ -242,7 +277,12 @@ class Encoder(nn.Module):
         self, images: Tensor, pools: Sequence[str], draw: Draw | None = None, channels: Sequence[int] | None = None
     ) -> tuple[Tokens, dict[str, Tensor]]:
         """Tokens, and features by pool, from one forward pass."""
-        if self.plain:
+        layers: list[Tokens] = []
+        if LAST4 in pools:  # not while training: drop paths draw nothing here
+            layers = self.layers(images, 4, channels)
+            tokens = layers[-1]
+            raw = torch.cat(tokens, dim=1)
+        elif self.plain:
             tokens = self(images, draw=draw, channels=channels)
             raw = torch.cat(tokens, dim=1)
         else:
@@ -251,9 +291,15 @@ class Encoder(nn.Module):
             raw = self._dense(images)
             tokens = self._as_tokens(raw)
         head = self.backbone.forward_head
-        return tokens, {
-            pool: head(raw, pre_logits=True) if pool == "head" else pool_tokens(tokens, pool) for pool in pools
-        }
+        own = {"head": lambda: head(raw, pre_logits=True), LAST4: lambda: pool_layers(layers, self.has_class_token)}
+        return tokens, {pool: own[pool]() if pool in own else pool_tokens(tokens, pool) for pool in pools}
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """What `embed` can pool, the encoder's own first."""
+        plain = ["cls", "mean", "cls+mean"] if self.has_class_token else ["mean"]
+        known = [*plain, "gem", *([LAST4] if len(self.blocks) >= 4 else [])] if self.plain else []
+        return (self.pool, *[pool for pool in known if pool != self.pool])
 
     def freeze_head(self) -> None:
         """Train nothing that comes after the tokens: for who does not use it, and DDP waits for every gradient."""
@@ -365,9 +411,26 @@ class Encoder(nn.Module):
 
 
 def pool_tokens(tokens: Tokens, pool: str) -> Tensor:
-    """The feature of an image from its tokens: "cls" (B, D), "mean" of the patches (B, D), or both (B, 2 D)."""
-    parts = {"cls": lambda: tokens.prefix[:, 0], "mean": lambda: tokens.patches.mean(1)}
+    """The feature of an image from its tokens: "cls" (B, D), "mean" of the patches (B, D), both (B, 2 D), or "gem".
+
+    "gem" is the generalised mean of the patches (Radenovic, Tolias, Chum 2018, arXiv 1711.02512, equation 3) with p = 3.
+    """
+    parts = {
+        "cls": lambda: tokens.prefix[:, 0],
+        "mean": lambda: tokens.patches.mean(1),
+        "gem": lambda: tokens.patches.clamp(min=1e-6).pow(3).mean(1).pow(1 / 3),
+    }
     return torch.cat([parts[part]() for part in pool.split("+")], dim=-1)
+
+
+def pool_layers(layers: Sequence[Tokens], class_token: bool) -> Tensor:
+    """DINOv2's feature of several blocks (B, (L + 1) D): their class tokens, and the mean of the last one's patches.
+
+    Without a class token the means of the patches (B, L D).
+    """
+    if not class_token:
+        return torch.cat([tokens.patches.mean(1) for tokens in layers], dim=-1)
+    return torch.cat([*(tokens.prefix[:, 0] for tokens in layers), layers[-1].patches.mean(1)], dim=-1)
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:

@@ -162,6 +162,15 @@ class Shards:
                 digest.update(np.ascontiguousarray(records[field]).tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def contents(self) -> str:
+        """A hash of what the images are, in order: as `id`, but of images alone, and of more of them."""
+        digest = sha256()
+        for records in self._records:
+            for field in ("size", "crc", "print"):
+                digest.update(np.ascontiguousarray(records[field]).tobytes())
+        return digest.hexdigest()
+
     def neighbour(self, sample: int, shift: int) -> int:
         """The sample so many places after this one, else before it, that lies in its shard and has its label; else itself."""
         shard, record = self._locate(sample)

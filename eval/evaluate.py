@@ -1,137 +1,92 @@
-"""One call, one protocol: an encoder's scores beside the floors (the text of the protocol is docs/evaluation.md)."""
+"""One call, one protocol: encoders' scores beside the floors (the text of the protocol is docs/evaluation.md)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 
-from selfsight import __version__
 from selfsight.data.shards import Shards
-from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import UsageError
-from selfsight.eval.evaluators import DEFAULT, EVALUATORS
-from selfsight.eval.features import Features, extract, groups_of, labels_of, pixels_of
-from selfsight.eval.knn import DEFAULT_K, dense_labels, held_out, usable_k
-from selfsight.eval.subject import Options, Outcome, Subject
-from selfsight.redact import redact
-
-Score = dict[str, Any]
-TWINS = 3  # untrained encoders behind the random-init floor
+from selfsight.eval.asked import Scored, Source, Spec, device_of, encoders_of, require_scorable, sets_of, wanted
+from selfsight.eval.cache import Cache, opened
+from selfsight.eval.evaluators import DEFAULT
+from selfsight.eval.extracted import Extractor
+from selfsight.eval.features import Extraction
+from selfsight.eval.job import Job
+from selfsight.eval.knn import DEFAULT_K
+from selfsight.eval.ranks import ALONE, Ranks
+from selfsight.eval.stored import Stored
+from selfsight.eval.subject import Options
 
 
 def evaluate(
-    encoder: Encoder | str | Path,
-    train: str | Sequence[str],
-    test: str | Sequence[str],
+    encoder: Source | Sequence[Source] | Mapping[str, Source] | None,
+    train: Spec | Mapping[str, Spec] | None = None,
+    test: Spec | Mapping[str, Spec] | None = None,
     *,
     evaluators: Sequence[str] = DEFAULT,
     k: Sequence[int] = DEFAULT_K,
+    shots: Sequence[int] = Options.shots,
+    pools: Sequence[str] | None = None,
+    scales: Sequence[int] = Extraction.scales,
+    merge: int = Extraction.merge,
+    epochs: int = Options.epochs,
     workers: int = 0,
     device: torch.device | None = None,
+    cache: Cache | Path | str | bool | None = None,
+    ranks: Ranks = ALONE,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, list[Score]]:
-    """Score an encoder, its random-initialised twin, raw pixels and the majority class.
+) -> dict[str, Any]:
+    """Score encoders, their random-initialised twins, raw pixels and the majority class.
 
     Args:
-        encoder: one in memory, or whatever `load_encoder` takes.
-        train, test: labelled data; probes are fitted and chosen on train, test is scored once.
+        encoder: in memory, or whatever `load_encoder` takes; several in a list, or a mapping by name. None: `train` and
+            `test` are files of features (`selfsight embed`, .npz, .npy).
+        train, test: labelled data; probes are fitted and chosen on train, test is scored once. A list is the shards of one
+            set, a mapping is several sets by name. Evaluators that ask no labels need no train.
         evaluators: of `EVALUATORS`.
+        k, shots, pools, scales, merge, epochs: see `Options` and `Extraction`.
+        cache: where features are kept; True: where the command keeps them; None: nowhere.
+        ranks: processes that extract together; only the first of them scores.
         say: is told what is being done.
 
     Returns:
-        What scores.json holds: {"scores": [{encoder, evaluator, train, test, value, std, n, ...}]}, values in percent;
-        addresses without what opens them.
+        What scores.json holds: {"scores": [{encoder, evaluator, metric, unit, dataset, train, test, value, std, n, interval,
+        ...}], "differences": [...], "warnings": [...]}, values in percent unless the unit says otherwise; addresses without
+        what opens them. No scores on other ranks than the first.
 
     Raises:
         UsageError: unknown evaluators, unlabelled data, one class, unknown classes, or a k larger than the bank.
         DataError: images that cannot be read; a score never rests on a substitute.
     """
-    from selfsight.export import load_encoder
-
-    if unknown := set(evaluators) - set(EVALUATORS):
-        raise UsageError(f"no evaluator {', '.join(sorted(unknown))}; there are {', '.join(EVALUATORS)}")
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sets = scorable_sets(train, test, k)
-    live = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)
-    live = live.to(device)
-    if all(own.fingerprinted for own in sets) and (common := int(np.isin(sets[1].prints, sets[0].prints).sum())):
-        say(f"warning: {common:,} of the {len(sets[1]):,} test images are in train, too; their score is worth little")
-    options = Options(k=tuple(k))
-    scores: list[Score] = []
-    # One at a time: the features of several encoders would not fit beside each other.
-    say("scoring the pretrained encoder")
-    subject = _subject("pretrained", live, sets, options, device, workers)
-    scores += [row for name in evaluators for row in _rows(name, subject)]
-    say(f"scoring the floors: {TWINS} untrained twins, raw pixels")
-    twins = []
-    for seed in range(TWINS):
-        twin = build_encoder(live.config, live.preprocessing, seed).to(device)
-        subject = _subject("random-init", twin, sets, replace(options, seeds=1), device, workers)
-        twins.append([row for name in evaluators for row in _rows(name, subject)])
-    scores += [_mean_score(parts) for parts in zip(*twins, strict=True)]
-    fit, held = (pixels_of(shards, live.preprocessing, workers) for shards in sets)
-    subject = Subject("pixels", "pixels", fit, held, options, device, workers, None, live.preprocessing, sets)
-    scores += [row for name in evaluators for row in _rows(name, subject)]
-    scores.append({"encoder": "majority"} | _majority(fit, held))
-    shared = {"train": redact(sets[0].spec), "test": redact(sets[1].spec), "samples": len(sets[1])}
-    return {"scores": [score | shared for score in scores]}
+    names = wanted(evaluators, train is not None)
+    extraction = Extraction(tuple(scales), merge)
+    options = Options(
+        k=tuple(k), shots=tuple(shots), pools=tuple(pools) if pools else None, epochs=epochs, extraction=extraction
+    )
+    encoders, sets = encoders_of(encoder), sets_of(train, test)
+    for data in sets.values():
+        if (not encoders) != isinstance(data.test, Stored):
+            lack = "holds features; leave the encoder out" if encoders else "holds images; name an encoder"
+            raise UsageError(f"{data.test_spec}: {lack}")
+        require_scorable(data, names, k)
+    extractor = Extractor(device_of(device), workers, opened(cache), ranks)
+    job = Job(names, options, sets, extractor, say if ranks.main else lambda line: None)
+    job.warn_of_equals()
+    if encoders:
+        job.score_encoders(encoders)
+    else:
+        job.score_stored()
+    return job.answer()
 
 
-def scorable_sets(train: str | Sequence[str], test: str | Sequence[str], k: Sequence[int]) -> tuple[Shards, Shards]:
+def scorable_sets(train: Spec, test: Spec, k: Sequence[int]) -> tuple[Shards, Shards]:
     """The two sets, after asking all that labels and sizes can answer before any image is read.
 
     Raises:
         UsageError: unlabelled samples, one class, classes of test that train lacks, or no k that the bank can serve.
     """
-    sets = (Shards(train), Shards(test))
-    fit, held = (labels_of(shards, np.arange(len(shards))) for shards in sets)
-    dense_labels(fit, held)
-    usable_k(k, len(held_out(len(fit), groups=groups_of(sets[0], np.arange(len(fit))))[0]))
-    return sets
-
-
-def _subject(
-    name: str, encoder: Encoder, sets: tuple[Shards, Shards], options: Options, device: torch.device, workers: int
-) -> Subject:
-    pools = options.pools or encoder.pools
-    fit, held = (extract(encoder, shards, device, pools, workers=workers) for shards in sets)
-    made = encoder.preprocessing
-    return Subject(name, encoder.pool, fit, held, options, device, workers, encoder, made, sets)
-
-
-def _rows(evaluator: str, subject: Subject) -> list[Score]:
-    return [_row(evaluator, subject.name, outcome) for outcome in EVALUATORS[evaluator].run(subject)]
-
-
-def _row(evaluator: str, name: str, outcome: Outcome) -> Score:
-    protocol = f"{outcome.protocol}; selfsight {__version__}"
-    told = {"encoder": name, "evaluator": evaluator, "metric": outcome.metric, "unit": outcome.unit}
-    return (
-        told
-        | _spread(outcome.values)
-        | {"protocol": protocol, "chosen": dict(outcome.chosen), "detail": dict(outcome.detail)}
-    )
-
-
-def _mean_score(parts: Sequence[Score]) -> Score:
-    """One score of several initialisations: mean and deviation over them; each chose for itself."""
-    protocol = f"mean over {len(parts)} initialisations, each as: {parts[0]['protocol']}"
-    chosen = [part["chosen"] for part in parts]
-    values = tuple(part["value"] for part in parts)
-    return parts[0] | _spread(values) | {"protocol": protocol, "chosen": chosen, "detail": {}}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"value": mean(values), "std": stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
-
-
-def _majority(fit: Features, held: Features) -> Score:
-    common = fit.labels.mode().values
-    value = 100 * (held.labels == common).double().mean().item()
-    protocol = f"the commonest class of train, {int(common)}"
-    told = {"evaluator": "majority", "metric": "accuracy", "unit": "%"}
-    return told | _spread((value,)) | {"protocol": protocol, "chosen": {}, "detail": {}}
+    data = Scored("", Shards(train), Shards(test), str(train), str(test))
+    require_scorable(data, ("knn",), k)
+    return data.shards

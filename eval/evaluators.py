@@ -25,4 +25,4 @@ EVALUATORS: Mapping[str, Evaluator] = {
     "knn": Evaluator(run_knn, "weighted vote of the k nearest neighbours"),
     "linear": Evaluator(run_linear, "softmax regression on frozen features, its rate, decay and pool chosen"),
 }
-DEFAULT = ("knn", "linear")
+DEFAULT = tuple(name for name in ("knn", "linear", "health") if name in EVALUATORS)

@@ -1,7 +1,8 @@
 """Features of a whole set, extracted once: frozen encoder, evaluation's view, every sample exactly once and in order."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from selfsight.data.crops import resize_and_crop
-from selfsight.data.decode import Form
+from selfsight.data.decode import BadSample, Form
 from selfsight.data.loader import loader
 from selfsight.data.mixture import Samples
 from selfsight.data.picture import Picture
@@ -18,11 +19,15 @@ from selfsight.data.placer import normalize, unit
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import DataError, NumericError, UsageError
+from selfsight.eval.ahead import ahead
+from selfsight.eval.phash import phash
+from selfsight.eval.ranks import ALONE, Ranks
 from selfsight.preprocessing import Preprocessing
 
 BATCH = 256
 LONGEST_WAIT = 300.0  # seconds for a batch, before its workers count as frozen
 FEW_BATCHES = 16
+HASHES = "hashes"  # beside the pools, for near duplicates
 PIXEL_SIDE = 32  # the raw-pixel floor is taken at most at this size
 
 
@@ -35,6 +40,8 @@ class Features(NamedTuple):
     """(N,) int64, -1 where there is none; or (N, C) bool where labels are lists."""
     groups: Tensor
     """(N,) int64: patient, slide or scene, -1 where there is none."""
+    hashes: Tensor | None = None
+    """(N, 8) uint8: perceptual hashes of the images that were encoded, where there were any."""
 
     @property
     def multilabel(self) -> bool:
@@ -52,6 +59,9 @@ class Extraction:
     """Token merging: patch tokens that each block merges away."""
 
 
+PLAIN = Extraction()
+
+
 @dataclass(frozen=True)
 class CentralCrops(Dataset[Tensor]):
     """Evaluation's view of given samples, in batches: item n is (b, C, S, S), of planes the middle ones (b, C, D, S, S)."""
@@ -64,6 +74,8 @@ class CentralCrops(Dataset[Tensor]):
     crop_pct: float
     batch: int
     step: int = 1
+    lenient: bool = False
+    """Leave out images that cannot be read; for what is only watched."""
 
     @classmethod
     def of(cls, shards: Samples, ids: np.ndarray, made: Preprocessing, size: int | None = None) -> "CentralCrops":
@@ -82,10 +94,13 @@ class CentralCrops(Dataset[Tensor]):
         for sample in ids:
             try:
                 pixels = Picture(self.shards.read_images(int(sample)), self.form, self.step).window(0.5)
-            except DataError as error:  # a score must not depend on a substitute
+            except (BadSample, DataError) as error:
+                if self.lenient:
+                    continue
+                # A score must not depend on a substitute.
                 raise DataError(f"{self.shards.describe(int(sample))}: {error}") from None
             made.append(resize_and_crop(pixels, self.size, self.crop_pct, self.interpolation))
-        return torch.from_numpy(np.stack(made))
+        return torch.from_numpy(np.stack(made)) if made else torch.empty(0)
 
 
 def labels_of(shards: Shards, ids: np.ndarray) -> Tensor:
@@ -116,6 +131,12 @@ def groups_of(shards: Shards, ids: np.ndarray) -> Tensor:
     return torch.from_numpy(shards.groups[ids].astype(np.int64))
 
 
+def labels_only(shards: Shards) -> Features:
+    """What is known of a set before any image is read."""
+    ids = np.arange(len(shards))
+    return Features({}, targets_of(shards, ids), groups_of(shards, ids))
+
+
 def prepared(
     made: Preprocessing,
     shards: Samples,
@@ -123,15 +144,18 @@ def prepared(
     ids: np.ndarray | None = None,
     workers: int = 0,
     size: int | None = None,
+    lenient: bool = False,
 ) -> Iterator[Tensor]:
     """Normalised inputs of samples `ids` (all, if not given) in order, (b, C, S, S) or with planes, on the device.
 
-    The one way from a set to an evaluator's images.
+    The one way from a set to an evaluator's images. Batches are read ahead while the caller works on one.
     """
     crops = CentralCrops.of(shards, np.arange(len(shards)) if ids is None else ids, made, size)
     mean, std = made.statistics(device)
-    for pixels in crops.read(workers, device.type == "cuda"):
-        yield normalize(pixels.to(device, non_blocking=True), mean, std, made.values)
+    with closing(ahead(replace(crops, lenient=lenient).read(workers, device.type == "cuda"))) as batches:
+        for pixels in batches:
+            if len(pixels):
+                yield normalize(pixels.to(device, non_blocking=True), mean, std, made.values)
 
 
 @torch.inference_mode()
@@ -143,27 +167,44 @@ def extract(
     ids: np.ndarray | None = None,
     workers: int = 0,
     advance: Callable[[int], None] = lambda count: None,
+    extraction: Extraction = PLAIN,
+    ranks: Ranks = ALONE,
 ) -> Features:
-    """Features of samples `ids` (all, if not given) by `encoder.embed`, in fp32.
+    """Features of samples `ids` (all, if not given) by `encoder.embed`, in fp32, taken as `extraction` says.
+
+    Args:
+        ranks: share the batches, which are the same for any number of them; the features are whole on the first rank only.
 
     Raises:
         NumericError: features that are not finite.
     """
     ids = np.arange(len(shards)) if ids is None else ids
     pools = tuple(pools or (encoder.pool,))
-    parts: dict[str, list[Tensor]] = {pool: [] for pool in pools}
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*pools, HASHES)}
+    own = ranks.share(-(-len(ids) // BATCH))
     training = encoder.training
     encoder.eval()
-    for images in prepared(encoder.preprocessing, shards, device, ids, workers):
+    for images in prepared(encoder.preprocessing, shards, device, ids[own.start * BATCH : own.stop * BATCH], workers):
         for pool, feature in encoder.embed_pools(images, pools).items():
             parts[pool].append(feature.float().cpu())
+        parts[HASHES].append(phash(images))
         advance(len(images))
     encoder.train(training)
-    vectors = {pool: torch.cat(part).clone() for pool, part in parts.items()}
+    # Not inference tensors, which a probe could not train on.
+    made = {name: torch.cat(part or [torch.empty(0)]).clone() for name, part in parts.items()}
+    vectors = {name: ranks.joined(rows, len(ids), BATCH) for name, rows in made.items()}
+    hashes = vectors.pop(HASHES)
+    require_finite(vectors, shards.spec)
+    return Features(vectors, targets_of(shards, ids), groups_of(shards, ids), hashes)
+
+
+def require_finite(vectors: Mapping[str, Tensor], where: str) -> None:
+    """Raise NumericError unless all features are numbers."""
     for pool, values in vectors.items():
-        if not values.isfinite().all():
-            raise NumericError(f"the encoder gives features that are not finite ({pool}, {shards.spec})")
-    return Features(vectors, targets_of(shards, ids), groups_of(shards, ids))
+        if bad := int((~values.isfinite()).any(1).sum() if values.ndim == 2 else 0):
+            raise NumericError(
+                f"the encoder gives features that are not finite ({pool}, {bad:,} of {len(values):,} samples of {where})"
+            )
 
 
 def pixels_of(shards: Shards, preprocessing: Preprocessing, workers: int = 0) -> Features:

@@ -125,22 +125,43 @@ def build_parser() -> argparse.ArgumentParser:
     one.usage = "selfsight teacher RECIPE --objective.stored FOLDER [--section.key value ...]"
     one.add_argument("recipe", help="the recipe that will learn from them, with objective.stored and augmentations")
 
-    one = _command(commands, "eval", _eval, "score an encoder beside the floors")
+    one = _command(commands, "eval", _eval, "score encoders beside the floors")
     one.add_argument(
-        "encoder", help="a run folder, an exported encoder, a checkpoint, or the name of a timm model (downloads)"
+        "encoder",
+        nargs="*",
+        help="a run folder, an exported encoder, a checkpoint, or the name of a timm model (downloads); several are compared; "
+        "none: train and test are files of features",
     )
     one.add_argument(
-        "--train", required=True, nargs="+", metavar="SPEC", help="labelled shards that probes are fitted on"
+        "--train",
+        action="append",
+        nargs="+",
+        metavar="SPEC",
+        help="labelled shards that probes are fitted on; again, with another --test, for another set",
     )
-    one.add_argument("--test", required=True, nargs="+", metavar="SPEC", help="labelled shards that are scored once")
     one.add_argument(
-        "--with", dest="evaluators", default="knn,linear", metavar="LIST", help="of knn, linear (default: both)"
+        "--test", action="append", nargs="+", required=True, metavar="SPEC", help="labelled shards that are scored once"
     )
     one.add_argument(
-        "--k", default=None, metavar="LIST", help="candidate numbers of neighbours (default: 10,20,100,200)"
+        "--with",
+        dest="evaluators",
+        metavar="LIST",
+        help="evaluators, such as knn,linear,logistic (default: knn, linear, health); a wrong name lists them all",
     )
-    one.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
-    one.add_argument("--json", action="store_true", help="print what scores.json holds")
+    one.add_argument("--k", metavar="LIST", help="candidate numbers of neighbours (default: 10,20,100,200)")
+    one.add_argument("--shots", metavar="LIST", help="labelled samples a class, of fewshot (default: 1,5,10)")
+    one.add_argument("--epochs", type=_count, metavar="N", help="passes of finetune (default: 20)")
+    _extraction_options(one)
+    one.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print what scores.json holds, or write it")
+    one.add_argument(
+        "--markdown", nargs="?", const="-", metavar="FILE", help="print the tables for a README, or write them"
+    )
+
+    one = _command(commands, "embed", _embed, "write the features of a set to a file, which eval takes without a model")
+    one.add_argument("encoder", help="as of eval")
+    one.add_argument("spec", nargs="+", help="paths with {000..009} braces, globs, folders, digits:train")
+    one.add_argument("target", type=Path, metavar="out", help="OUT.safetensors or OUT.npz")
+    _extraction_options(one)
 
     one = _command(
         commands, "export", _export, "write an encoder in timm's local-dir format, checked in a clean process"
@@ -239,6 +260,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _extraction_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--pools", metavar="LIST", help="features, such as cls,mean (default: all of eval, the own of embed)"
+    )
+    command.add_argument(
+        "--scales", metavar="LIST", help="the image in these multiples of its size, as 1,2 (default: 1)"
+    )
+    command.add_argument("--merge", type=int, metavar="N", help="tokens that each block merges away (default: 0)")
+    command.add_argument("--workers", type=int, default=0, help="loader processes (default: 0)")
+    command.add_argument("--no-cache", action="store_true", help="neither use nor keep features of other calls")
+
+
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], help: str, takes_fields: bool = False
 ) -> argparse.ArgumentParser:
@@ -279,12 +312,12 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
 
 def _pretrain(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
-    from selfsight.console import score_table
+    from selfsight.console import show_scores
     from selfsight.train import pretrain
 
-    scores = pretrain(recipe, allow_change=options.allow_change).get("scores")
-    if scores:
-        score_table(scores, f"{scores[0]['test']}, % correct")
+    found = pretrain(recipe, allow_change=options.allow_change)
+    if found.get("scores"):
+        show_scores(found)
     return 0
 
 
@@ -311,27 +344,88 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from selfsight.console import say, score_table
+    given = _extraction(options) | _chosen(options)
+    for name in ("json", "markdown"):
+        _require_file(getattr(options, name), name)
+    from selfsight.console import say
     from selfsight.eval.evaluate import evaluate
-    from selfsight.eval.knn import DEFAULT_K
+    from selfsight.eval.ranks import started
 
-    k = _numbers(options.k, "--k") if options.k else DEFAULT_K
-    found = evaluate(
-        options.encoder,
-        options.train,
-        options.test,
-        evaluators=options.evaluators.split(","),
-        k=k,
-        workers=options.workers,
-        say=say,
-    )
-    if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        score_table(found["scores"], f"{found['scores'][0]['test']}, % correct")
-        for score in found["scores"]:
-            if score["encoder"] == "pretrained":
-                say(score["protocol"])
+    train, test = _pairs(options)
+    with started() as ranks:
+        found = evaluate(options.encoder or None, train, test, ranks=ranks, say=say, **given)
+    if ranks.main:
+        _show_scores(found, options)
+    return 0
+
+
+def _chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """What of the protocol was asked for; the rest is evaluate's to say."""
+    given: dict[str, Any] = {"evaluators": options.evaluators.split(",")} if options.evaluators else {}
+    given |= {name: _numbers(told, f"--{name}") for name in ("k", "shots") if (told := getattr(options, name))}
+    return given | ({"epochs": options.epochs} if options.epochs else {})
+
+
+def _extraction(options: argparse.Namespace) -> dict[str, Any]:
+    """How features are to be taken, as eval and embed take it."""
+    given: dict[str, Any] = {"workers": options.workers, "cache": not options.no_cache}
+    given |= {"pools": options.pools.split(",")} if options.pools else {}
+    given |= {"scales": _numbers(options.scales, "--scales")} if options.scales else {}
+    return given | ({"merge": options.merge} if options.merge else {})
+
+
+def _pairs(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Training and test sets: one of each as it is, several by the name of the test set."""
+    tests: list[Any] = [words[0] if len(words) == 1 else words for words in options.test]
+    trains: list[Any] = [words[0] if len(words) == 1 else words for words in options.train or ()]
+    if len(trains) not in (0, len(tests)):
+        raise UsageError(f"{len(trains)} --train and {len(tests)} --test; each test set goes with its own training set")
+    if len(tests) == 1:
+        return (trains[0] if trains else None), tests[0]
+    from selfsight.eval.asked import unique
+
+    names = unique([redact(word if isinstance(word, str) else " ".join(word)) for word in tests])
+    return (dict(zip(names, trains, strict=True)) if trains else None), dict(zip(names, tests, strict=True))
+
+
+def _require_file(name: str | None, kind: str) -> None:
+    """Raise UsageError where an encoder stands behind --json."""
+    ending = {"json": ".json", "markdown": ".md"}[kind]
+    if name and name != "-" and not name.endswith(ending):
+        raise UsageError(f"--{kind}: {name} is no {ending} file; put --{kind} after the encoders")
+
+
+def _show_scores(found: dict[str, Any], options: argparse.Namespace) -> None:
+    from selfsight.console import say, show_scores
+    from selfsight.eval.tables import markdown
+
+    texts = {"json": lambda: json.dumps(found, indent=1), "markdown": lambda: markdown(found).rstrip()}
+    for name, text in texts.items():
+        target = getattr(options, name)
+        if target == "-":
+            print(text())
+        elif target:
+            from selfsight.run_folder import write_atomically
+
+            write_atomically(Path(target), text() + "\n")
+            say(f"written: {target}")
+    if "-" not in (options.json, options.markdown):
+        show_scores(found)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    given = _extraction(options)
+    from selfsight.eval.embed import embed_to, require_writable_as, stored
+    from selfsight.eval.features import Extraction
+    from selfsight.eval.ranks import started
+
+    require_writable_as(options.target)
+    extraction = Extraction(given.pop("scales", (1,)), given.pop("merge", 0))
+    with started() as ranks:
+        made = stored(options.encoder, options.spec, given.pop("pools", None), extraction, ranks=ranks, **given)
+        told = embed_to(options.target, made, ranks)
+    if ranks.main:
+        print(told)
     return 0
 
 

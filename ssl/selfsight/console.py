@@ -1,7 +1,7 @@
 """What a person sees while a command works: lines, a progress bar on a terminal, tables."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from selfsight.eval.tables import columns_of, datasets_of, difference_lines, protocols, rows_of
+from selfsight.eval.tables import format_score as format_score
 from selfsight.redact import redact
 
 _OUT = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -57,17 +59,18 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None, w
 
 def score_table(scores: list[dict[str, Any]], title: str) -> None:
     """Encoders down, evaluators across, percent with the standard deviation where there is one."""
-    evaluators = [name for name in dict.fromkeys(score["evaluator"] for score in scores) if name != "majority"]
-    rows = []
-    for encoder in dict.fromkeys(score["encoder"] for score in scores):
-        own = {score["evaluator"]: score for score in scores if score["encoder"] == encoder}
-        single = own.get("majority")
-        rows.append([encoder, *[format_score(own.get(name) or single) for name in evaluators]])
-    table(["encoder", *evaluators], rows, title)
+    columns = columns_of(scores)
+    table(["encoder", *columns.values()], rows_of(scores, columns), title)
 
 
-def format_score(score: dict[str, Any] | None) -> str:
-    """`94.2 ± 0.3`, or `-` for none."""
-    if score is None:
-        return "-"
-    return f"{score['value']:.1f}" + (f" ± {score['std']:.1f}" if score["n"] > 1 else "")
+def show_scores(found: Mapping[str, Any]) -> None:
+    """A table of every set; then, for who looks, whether pretraining helped, warnings, and the lines to cite."""
+    scores = found["scores"]
+    for dataset in datasets_of(scores):
+        own = [score for score in scores if score.get("dataset", score["test"]) == dataset]
+        percent = all(score.get("unit", "%") == "%" for score in own)
+        score_table(own, f"{dataset}, % correct" if percent else dataset)
+    for line in [*difference_lines(found), *protocols(scores)]:
+        say(line)
+    for warning in found.get("warnings", ()):
+        say(f"warning: {warning}")

@@ -10,7 +10,8 @@ from selfsight import __version__, checkpoint, console
 from selfsight.assemble import Parts, assemble
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import evaluate
-from selfsight.export import export, load_encoder, timm_line
+from selfsight.eval.ranks import ALONE, Ranks
+from selfsight.export import export, timm_line
 from selfsight.faults import faultpoint
 from selfsight.quarantine import replaced
 from selfsight.recipe import load
@@ -18,18 +19,31 @@ from selfsight.report import write_report
 from selfsight.run_folder import write_atomically
 
 
-def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
+def finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Export, score, report. Done again from the last checkpoint when it was interrupted; kept when it was not.
 
+    Args:
+        ranks: all processes of the run, each with its share of the features; the first does everything else.
+
     Returns:
-        What scores.json holds.
+        What scores.json holds; empty on other ranks than the first.
     """
     faultpoint("finish")
-    recipe, folder = parts.recipe, parts.recipe.run_dir
-    scores_file = folder / "scores.json"  # written last
-    if scores_file.exists():
-        console.say(f"{folder}: is finished; remove it, or name another run_dir, to run again")
+    scores_file = parts.recipe.run_dir / "scores.json"  # written last
+    finished = ranks.told(ranks.main and scores_file.exists())
+    if ranks.main and finished:
+        console.say(f"{parts.recipe.run_dir}: is finished; remove it, or name another run_dir, to run again")
         return read_scores(scores_file)
+    if not ranks.main:
+        if not finished and ranks.told(False):  # once the export is there
+            _scores(parts, device, workers, ranks)
+        return {}
+    return _finish(parts, device, workers, ranks)
+
+
+def _finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> dict[str, Any]:
+    recipe, folder = parts.recipe, parts.recipe.run_dir
+    scores_file = folder / "scores.json"
     provenance = {
         "version": __version__,
         "steps": parts.steps,
@@ -39,23 +53,29 @@ def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
     difference = export(parts.scored, folder / "encoder", provenance)
     console.say(f"exported to {folder / 'encoder'}; timm's features differ by {difference:.1e} at most")
     scores: dict[str, Any] = {"scores": []}
-    if recipe.eval.train and recipe.eval.test:
-        encoder = load_encoder(folder / "encoder")
-        scores = evaluate(
-            encoder,
-            recipe.eval.train,
-            recipe.eval.test,
-            k=recipe.eval.k,
-            workers=workers,
-            device=device,
-            say=console.say,
-        )
+    if ranks.told(bool(recipe.eval.train and recipe.eval.test)):
+        scores = _scores(parts, device, workers, ranks)
     if told := replaced(folder):
         console.say(f"warning: {told} ({folder / 'quarantine.jsonl'})")
     write_report(parts, scores["scores"], device)
     write_atomically(scores_file, json.dumps(scores, indent=1))
     console.say(f"report: {folder / 'report.html'}\nload it: {timm_line(folder / 'encoder')}")
     return scores
+
+
+def _scores(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> dict[str, Any]:
+    """Scores of exactly what was exported."""
+    config = parts.recipe.eval
+    return evaluate(
+        str(parts.recipe.run_dir / "encoder"),
+        config.train,
+        config.test,
+        k=config.k,
+        workers=workers,
+        device=device,
+        ranks=ranks,
+        say=console.say,
+    )
 
 
 def read_scores(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def join(recipe: Recipe) -> Accelerator:
     Raises:
         UsageError: a GPU that is not there, a batch that does not split, or another world than the launcher promised.
     """
-    train, world = recipe.train, _world()
+    train, world = recipe.train, world_size()
     if train.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device: cuda, but torch sees no GPU; use auto or cpu")
     if train.batch_size % (world * train.accumulate):
@@ -56,7 +56,7 @@ def join(recipe: Recipe) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     cpu = train.device == "cpu" or not torch.cuda.is_available()
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no", "bf16": "bf16"}[train.precision]
-    with _others_come_within(5 * train.timeout if world > 1 else None):
+    with found_each_other(5 * train.timeout if world > 1 else None):
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,
@@ -75,7 +75,8 @@ def join(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _world() -> int:
+def world_size() -> int:
+    """How many processes the launcher says there are."""
     told = os.environ.get("WORLD_SIZE", "1")
     if not told.isdigit() or int(told) < 1:
         raise UsageError(f"WORLD_SIZE is {told!r}, which is no number of processes; use launch.sh or torchrun")
@@ -83,7 +84,7 @@ def _world() -> int:
 
 
 @contextmanager
-def _others_come_within(limit: float | None) -> Iterator[None]:
+def found_each_other(limit: float | None) -> Iterator[None]:
     """End this process if the ranks have not found each other after so many seconds; torch would wait for hours."""
     rank, world, where = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 

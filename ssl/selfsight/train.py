@@ -31,7 +31,8 @@ from selfsight.errors import (
     StorageError,
     UsageError,
 )
-from selfsight.eval.online import OnlineKNN
+from selfsight.eval.online import watcher
+from selfsight.eval.ranks import of_run
 from selfsight.faults import faultpoint
 from selfsight.finish import finish
 from selfsight.finite import BadSteps, all_finite, gradient_norm
@@ -86,16 +87,15 @@ def pretrain(
         try:
             parts = assemble(recipe, accelerator.device, allow_change)
             train(parts, accelerator, stop, peers)
+            end_trackers(accelerator)
+            stop.at_once()
+            peers.now(parts.steps, "scoring")
+            ranks = of_run(accelerator.process_index, accelerator.num_processes)
+            return finish(parts, accelerator.device, loader_workers(recipe), ranks)
         except RuntimeError as error:  # a collective fails so when a rank is gone
             if lost := peers.who(error):
                 raise PeerLost(lost) from error
             raise
-        peers.leave()  # the other ranks need not wait for the scores
-        end_trackers(accelerator)
-        if not main:
-            return {}
-        stop.at_once()
-        return finish(parts, accelerator.device, loader_workers(recipe))
 
 
 def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = None, peers: Peers | None = None) -> None:
@@ -112,7 +112,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     saver = Saver(folder / "checkpoints", config.keep, config.keep_every, log.path)
     collapse, divergence = CollapseWatch(config.on_collapse == "stop", parts.past), DivergenceWatch(parts.past)
     bad = BadSteps(folder, config.on_nonfinite == "stop", parts.past, parts.objective)
-    online = OnlineKNN(recipe.eval, loader_workers(recipe)) if recipe.eval.train and main else None
+    online = watcher(recipe.eval, parts.shards, loader_workers(recipe)) if main else None
     start_trackers(accelerator, folder.name, redact_tree(recipe.model_dump(mode="json")))
 
     def save(step: int, wait: bool) -> None:
@@ -160,7 +160,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
             faultpoint("update", done)
             meter.step()
             bar()
-            scoring = recipe.eval.train is not None and due(done, recipe.eval.every, steps)
+            scoring = due(done, recipe.eval.every, steps)
             logging, looking = scoring or due(done, config.log_every, steps), done == 1 or due(done, EVERY, steps)
             means = mean_loss(losses, accelerator) if logging or looking or done < EVERY else {}
             watched = collapse(done, losses[-1], accelerator) if logging or looking else {}

@@ -1,0 +1,102 @@
+"""Scores as tables: which columns there are, what stands in a cell, and Markdown that can be pasted into a README."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Score = Mapping[str, Any]
+Column = tuple[str, str]  # evaluator, metric
+
+
+def columns_of(scores: Sequence[Score]) -> dict[Column, str]:
+    """Every column with its head: the evaluator's name alone where that says which number it is."""
+    found: dict[str, dict[str, str]] = {}
+    for score in scores:
+        if score["evaluator"] != "majority":
+            found.setdefault(score["evaluator"], {})[metric_of(score)] = score.get("unit", "%")
+    return {
+        (evaluator, metric): (evaluator if len(metrics) == 1 or metric == "accuracy" else f"{evaluator} {metric}")
+        for evaluator, metrics in found.items()
+        for metric in metrics
+    }
+
+
+def metric_of(score: Score) -> str:
+    """Which number of the evaluator's a score is; scores of older releases are all accuracies."""
+    return score.get("metric", "accuracy")
+
+
+def datasets_of(scores: Sequence[Score]) -> list[str]:
+    """Sets that were scored, in order; of older releases the one."""
+    return list(dict.fromkeys(score.get("dataset", score.get("test", "")) for score in scores))
+
+
+def rows_of(scores: Sequence[Score], columns: Mapping[Column, str]) -> list[list[str]]:
+    """Encoders down, evaluators across. The majority class is a floor of every column that has its metric."""
+    rows = []
+    for encoder in dict.fromkeys(score["encoder"] for score in scores):
+        own = {(score["evaluator"], metric_of(score)): score for score in scores if score["encoder"] == encoder}
+        cells = [own.get(column) or own.get(("majority", column[1])) for column in columns]
+        rows.append([encoder, *map(format_score, cells)])
+    return rows
+
+
+def format_score(score: Score | None) -> str:
+    """`94.2 ± 0.3`, or `-` for none; numbers that are no percentages with three digits."""
+    if score is None:
+        return "-"
+    shown = "{:.1f}" if score.get("unit", "%") == "%" else "{:.3g}"
+    value, std = shown.format(score["value"]), shown.format(score["std"])
+    return value + (f" ± {std}" if score["n"] > 1 else "")
+
+
+def difference_lines(found: Mapping[str, Any]) -> list[str]:
+    """Whether pretraining helped, a line for each score: `knn: +63.8 points over random-init (95 %: 60.1 to 67.0)`."""
+    told = found.get("differences", ())
+    encoders, datasets = ({difference.get(key) for difference in told} for key in ("encoder", "dataset"))
+    lines = []
+    for difference in told:
+        name = difference["evaluator"] + ("" if difference["metric"] == "accuracy" else f" {difference['metric']}")
+        where = [difference["encoder"]] if len(encoders) > 1 else []
+        where += [difference["dataset"]] if len(datasets) > 1 else []
+        lines.append(f"{', '.join([*where, name])}: {_difference(difference)}")
+    return lines
+
+
+def _difference(difference: Mapping[str, Any]) -> str:
+    percent, interval = difference["unit"] == "%", difference.get("interval")
+    shown = "{:.1f}" if percent else "{:.3g}"
+    sign = "+" if difference["value"] >= 0 else "-"
+    value = sign + shown.format(abs(difference["value"])) + (" points" if percent else "")
+    sure = f" (95 %: {shown.format(interval[0])} to {shown.format(interval[1])})" if interval else ""
+    return f"{value} over {difference['over']}{sure}"
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """All of it: a table for each set, the differences, warnings, and the protocol lines."""
+    scores = found["scores"]
+    lines: list[str] = []
+    for dataset in datasets_of(scores):
+        own = [score for score in scores if score.get("dataset", score.get("test", "")) == dataset]
+        columns = columns_of(own)
+        lines += [f"**{_plain(dataset)}** (test, {own[0]['samples']:,} samples; % unless told)", ""]
+        lines += ["| encoder | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
+        lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in rows_of(own, columns)]
+        lines.append("")
+    told = difference_lines(found)
+    told += [f"**warning:** {warning}" for warning in found.get("warnings", ())]
+    told += [_plain(line) for line in protocols(scores)]
+    return "\n".join([*lines, *(f"- {line}" for line in told)]) + "\n"
+
+
+def protocols(scores: Sequence[Score]) -> list[str]:
+    """The line to cite of every score that is no floor, each once, with whose it is where that matters."""
+    own = [score for score in scores if not score.get("floor") and score.get("protocol") and not score.get("mean_of")]
+    several = len({(score["encoder"], score.get("dataset")) for score in own}) > 1
+    lines = [
+        (f"{score['encoder']}, {score.get('dataset', '')}: " if several else "") + score["protocol"] for score in own
+    ]
+    return list(dict.fromkeys(lines))
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -115,20 +115,30 @@ def _safetensors(path: Path) -> Read:
 
 
 def _npz(path: Path) -> Read:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as body:
+        file = np.load(body, allow_pickle=False)
         if isinstance(file, np.ndarray):
             raise ValueError("it is one array; name it .npy")
-        arrays = {name: file[name] for name in file.files}
+        with file:
+            arrays = {name: file[name] for name in file.files}
     about = arrays.pop("about", None)
     return {name: _tensor(array) for name, array in arrays.items()}, _about(None if about is None else str(about))
 
 
 def _npy(path: Path) -> Read:
-    arrays = {FEATURES: _tensor(np.load(path, allow_pickle=False))}
+    arrays = {FEATURES: _array(path)}
     beside = path.with_suffix(".labels.npy")
     if beside.exists():
-        arrays["labels"] = _tensor(np.load(beside, allow_pickle=False))
+        arrays["labels"] = _array(beside)
     return arrays, {}
+
+
+def _array(path: Path) -> Tensor:
+    with path.open("rb") as body:
+        found = np.load(body, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            raise ValueError("it holds several arrays; name it .npz")
+        return _tensor(found)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -5,6 +5,7 @@ encoder = ss.load_encoder("runs/digits/encoder")
 features = encoder.embed(images)                      # (B, D)
 ss.pretrain("recipes/digits/mae.yaml", {"train.epochs": 10})
 ss.evaluate("runs/digits/encoder", train="digits:train", test="digits:test")
+ss.embed("runs/digits/encoder", "digits:test").vectors        # by pool: (N, D)
 """
 
 import os
@@ -23,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from selfsight.encoder import Encoder
+    from selfsight.eval.embed import embed
     from selfsight.eval.evaluate import evaluate
     from selfsight.export import load_encoder
     from selfsight.recipe import Recipe
@@ -32,11 +34,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Encoder": "selfsight.encoder",
     "Recipe": "selfsight.recipe",
+    "embed": "selfsight.eval.embed",
     "evaluate": "selfsight.eval.evaluate",
     "load_encoder": "selfsight.export",
     "pretrain": "selfsight.train",
 }
-__all__ = ["Encoder", "Recipe", "evaluate", "load_encoder", "pretrain"]
+__all__ = ["Encoder", "Recipe", "embed", "evaluate", "load_encoder", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,280 @@
+"""Several encoders and several sets in one call, without labels, and what is shown of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import pictures
+
+from selfsight import cli, console
+from selfsight.data.build import write_shards
+from selfsight.encoder import Encoder, build_encoder, preprocessing_of
+from selfsight.errors import UsageError
+from selfsight.eval import evaluators
+from selfsight.eval.asked import encoders_of, unique
+from selfsight.eval.evaluate import evaluate
+from selfsight.eval.evaluators import EVALUATORS, Evaluator
+from selfsight.eval.health import rankme
+from selfsight.eval.subject import Outcome, Subject
+from selfsight.eval.tables import columns_of, difference_lines, format_score, markdown, rows_of
+from selfsight.recipe import DataConfig, EncoderConfig
+
+
+def made(seed: int = 0, width: int = 16, **fields: Any) -> Encoder:
+    config = EncoderConfig(image_size=8, channels=1, patch=2, width=width, depth=1, heads=2)
+    return build_encoder(config, preprocessing_of(DataConfig(train="x", **fields), config), seed).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards: train and test of two and of three classes, and test without labels."""
+    top = tmp_path_factory.mktemp("sets")
+    sets = {"a-train": (60, 2, 0), "a-test": (30, 2, 1), "b-train": (60, 3, 2), "b-test": (33, 3, 3)}
+    for name, (count, classes, seed) in sets.items():
+        (top / name).mkdir()
+        write_shards(iter(pictures(count, classes=classes, seed=seed)), top / name, "s")
+    (top / "none").mkdir()
+    write_shards(((image, None) for image, _ in pictures(30, seed=4)), top / "none", "s")
+    return top
+
+
+@pytest.fixture
+def label_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluator that asks neither labels nor a training set, and has one twin; and one that needs an encoder."""
+
+    def rank(subject: Subject) -> list[Outcome]:
+        return [Outcome((rankme(subject.held),), "rank: of the test features", metric="RankMe", unit="")]
+
+    def weights(subject: Subject) -> list[Outcome]:
+        return [Outcome((1.0, 3.0), "weights")] if subject.encoder else []
+
+    more = {"rank": Evaluator(rank, "", labels=False, train=False, twins=1), "weights": Evaluator(weights, "")}
+    both = {**EVALUATORS, **more}
+    for module in ("asked", "job", "evaluators"):
+        monkeypatch.setattr(f"selfsight.eval.{module}.EVALUATORS", both)
+
+
+def knn(*given: Any, **more: Any) -> dict[str, Any]:
+    return evaluate(*given, **({"evaluators": ("knn",), "k": (3,)} | more))
+
+
+def by(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(score["dataset"], score["encoder"]): score for score in found["scores"]}
+
+
+def test_several_encoders_are_those_alone_in_one_table(folder: Path) -> None:
+    sets = str(folder / "a-train"), str(folder / "a-test")
+    together = by(knn({"one": made(5), "two": made(6), "wide": made(7, width=32)}, *sets))
+    names = [name for _, name in together]
+    assert names == [
+        "one", "two", "wide", "random-init of one", "random-init of wide", "pixels", "majority",
+    ]  # fmt: skip
+    for name, encoder in (("one", made(5)), ("wide", made(7, width=32))):
+        alone = by(knn(encoder, *sets))
+        for there, here in ((name, "pretrained"), (f"random-init of {name}", "random-init"), ("pixels", "pixels")):
+            assert together[sets[1], there] == alone[sets[1], here] | {"encoder": there}
+
+
+def test_encoders_that_read_images_otherwise_have_their_own_pixels(folder: Path) -> None:
+    sets = str(folder / "a-train"), str(folder / "a-test")
+    found = knn([made(5), made(6, crop_pct=0.8), made(7, mean=(0.4,))], *sets)
+    assert [name for _, name in by(found)][3:] == [
+        "random-init of encoder 1", "random-init of encoder 2", "random-init of encoder 3",
+        "pixels of encoder 1", "pixels of encoder 2", "majority",
+    ]  # fmt: skip
+    over = {(d["encoder"], d["over"]) for d in found["differences"]}
+    assert over == {*((f"encoder {n}", f"random-init of encoder {n}") for n in (1, 2, 3)),
+                    ("encoder 2", "encoder 1"), ("encoder 3", "encoder 1")}  # fmt: skip
+
+
+def test_several_sets_have_rows_each_and_their_mean(folder: Path) -> None:
+    names = {"a": "a", "b": "b"}
+    train, test = ({name: str(folder / f"{name}-{split}") for name in names} for split in ("train", "test"))
+    found = by(knn(made(5), train, test))
+    assert [dataset for dataset, _ in found] == ["a"] * 4 + ["b"] * 4 + ["mean"] * 4
+    for name in names:
+        alone = by(knn(made(5), train[name], test[name]))
+        for encoder in ("pretrained", "random-init", "pixels", "majority"):
+            ours, theirs = dict(found[name, encoder]), dict(alone[test[name], encoder])
+            for score in (ours, theirs):
+                score.pop("interval"), score.pop("dataset")  # every set has draws of its own
+            assert ours == theirs
+    mean = found["mean", "pretrained"]
+    assert mean["value"] == pytest.approx((found["a", "pretrained"]["value"] + found["b", "pretrained"]["value"]) / 2)
+    assert mean["samples"] == 63
+    one = knn(made(5), train["b"], {"a": test["a"], "b": test["b"]})  # one training set for both
+    assert {score["train"] for score in one["scores"]} == {train["b"]}
+
+
+def test_lists_of_shards_are_one_set(folder: Path) -> None:
+    shards = sorted(map(str, (folder / "a-train").glob("*.tar"))) + sorted(map(str, (folder / "b-train").glob("*.tar")))
+    (dataset,) = {score["dataset"] for score in knn(made(5), shards, str(folder / "b-test"))["scores"]}
+    assert dataset == str(folder / "b-test")
+
+
+def test_without_labels_and_without_a_training_set(folder: Path, label_free: None) -> None:
+    encoders = {"one": made(5), "two": made(6)}
+    found = evaluate(encoders, None, str(folder / "none"), evaluators=("rank",))
+    rows = [(score["encoder"], score["evaluator"], score["metric"], score["n"]) for score in found["scores"]]
+    assert rows == [(name, "rank", "RankMe", 1) for name in ("one", "two", "random-init", "pixels")]
+    assert found["differences"][0]["interval"] is None
+    assert difference_lines(found)[0].startswith("one, rank RankMe: ")
+    with pytest.raises(
+        UsageError, match=r"knn: need a training set; add --train, or choose of those that need none \(--with .*rank"
+    ):
+        evaluate(encoders, None, str(folder / "none"), evaluators=("rank", "knn"))
+    with pytest.raises(UsageError, match="30 of 30 samples have no label"):
+        evaluate(encoders, str(folder / "a-train"), str(folder / "none"), evaluators=("rank", "knn"))
+
+
+def test_an_evaluator_that_cannot_speak_leaves_its_cell_empty(folder: Path, label_free: None) -> None:
+    found = evaluate(
+        made(5), str(folder / "a-train"), str(folder / "a-test"), evaluators=("weights", "knn", "rank"), k=(3,)
+    )
+    columns = columns_of(found["scores"])
+    assert list(columns.values()) == ["weights", "knn", "rank"]
+    cells = {row[0]: row[1:] for row in rows_of(found["scores"], columns)}
+    assert cells["pretrained"][0] == "2.0 ± 1.4"
+    assert cells["pixels"][0] == "-"
+    assert cells["majority"] == ["50.0", "50.0", "-"]
+
+
+def test_twins_are_as_many_as_the_evaluator_wants(folder: Path, label_free: None) -> None:
+    found = evaluate(made(5), str(folder / "a-train"), str(folder / "a-test"), evaluators=("rank", "knn"), k=(3,))
+    floors = {score["evaluator"]: score["n"] for score in found["scores"] if score["encoder"] == "random-init"}
+    assert floors == {"rank": 1, "knn": 3}
+
+
+def test_pools_are_chosen(folder: Path) -> None:
+    sets = str(folder / "a-train"), str(folder / "a-test")
+    assert "features: cls, fp32" in knn(made(5), *sets, pools=("cls",))["scores"][0]["protocol"]
+    assert "features: mean, fp32" in knn(made(5), *sets, pools=("cls", "mean"))["scores"][0]["protocol"]
+    with pytest.raises(UsageError, match="no pool gap; this encoder has mean, cls"):
+        knn(made(5), *sets, pools=("cls", "gap"))
+
+
+@pytest.mark.parametrize(("train", "test", "told"), [
+    ({"a": "digits:train"}, {"b": "digits:test"}, "train has the sets a, test has b"),
+    ({"a": "digits:train"}, "digits:test", "train has the sets a, test has digits:test"),
+    ("digits:train", {"mean": "digits:test", "b": "digits:train"}, "a set cannot be called 'mean'"),
+    ("digits:train", None, "name a test set"),
+])  # fmt: skip
+def test_sets_that_do_not_go_together_are_refused(train: Any, test: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        knn(made(), train, test)
+    with pytest.raises(UsageError, match="no evaluator asked for; there are knn"):
+        knn(made(), "digits:train", "digits:test", evaluators=())
+
+
+def test_names(tmp_path: Path) -> None:
+    assert unique(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+    assert list(encoders_of(["https://me:secret@far.example/x?sig=1", "y", "y"])) == [
+        "https://***@far.example/x?***", "y", "y (2)",
+    ]  # fmt: skip
+    assert list(encoders_of([tmp_path])) == list(encoders_of("x")) == ["pretrained"]
+    assert encoders_of(None) == {}
+
+
+def row(encoder: str, evaluator: str, value: float, **more: Any) -> dict[str, Any]:
+    return {
+        "encoder": encoder,
+        "evaluator": evaluator,
+        "value": value,
+        "std": 0.0,
+        "n": 1,
+        "test": "t",
+        "samples": 9,
+    } | more
+
+
+def test_columns_name_the_metric_where_it_must_be_told() -> None:
+    scores = [
+        row("p", "knn", 90, metric="accuracy"),
+        row("p", "retrieval", 80, metric="mAP"),
+        row("p", "retrieval", 70, metric="recall@1"),
+        row("p", "health", 12.3456, metric="RankMe", unit=""),
+        row("majority", "majority", 10, metric="accuracy"),
+    ]
+    columns = columns_of(scores)
+    assert list(columns.values()) == ["knn", "retrieval mAP", "retrieval recall@1", "health"]
+    assert rows_of(scores, columns) == [["p", "90.0", "80.0", "70.0", "12.3"], ["majority", "10.0", "-", "-", "-"]]
+    older = [row("p", "knn", 90), row("majority", "majority", 10)]  # scores.json of an older release
+    assert rows_of(older, columns_of(older)) == [["p", "90.0"], ["majority", "10.0"]]
+    assert format_score(None) == "-"
+    assert format_score(row("p", "knn", 94.25, std=0.31, n=3)) == "94.2 ± 0.3"
+
+
+def test_the_line_says_whether_pretraining_helped() -> None:
+    told = {"encoder": "pretrained", "evaluator": "knn", "metric": "accuracy", "unit": "%", "dataset": "t",
+            "over": "random-init", "value": 63.84, "interval": [60.12, 66.98]}  # fmt: skip
+    assert difference_lines({"differences": [told]}) == ["knn: +63.8 points over random-init (95 %: 60.1 to 67.0)"]
+    worse = told | {"value": -1.26, "interval": None, "metric": "mAP"}
+    assert difference_lines({"differences": [worse]}) == ["knn mAP: -1.3 points over random-init"]
+    bare = told | {"value": 0.01234, "unit": "", "interval": [0.01, 0.02]}
+    assert difference_lines({"differences": [bare]}) == ["knn: +0.0123 over random-init (95 %: 0.01 to 0.02)"]
+    two = [told, told | {"encoder": "other"}]
+    assert difference_lines({"differences": two})[1].startswith("other, knn: +63.8 points")
+
+
+def test_markdown_is_a_table_and_what_stands_under_it(folder: Path) -> None:
+    found = knn({"one|1": made(5), "two": made(6)}, str(folder / "a-train"), str(folder / "a-test"))
+    lines = markdown(found | {"warnings": ["mind the gap"]}).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert table[:2] == ["| encoder | knn |", "|---|---:|"]
+    assert table[2].startswith("| one\\|1 | ")
+    assert len(table) == 2 + 5
+    assert f"**{folder / 'a-test'}** (test, 30 samples; % unless told)" in lines
+    assert "- **warning:** mind the gap" in lines
+    assert (
+        sum(line.startswith("- one|1") or line.startswith("- one\\|1") for line in lines) == 2
+    )  # difference, protocol
+    assert not any("initialisations" in line for line in lines)
+
+
+def test_several_from_the_command_line(
+    folder: Path, tmp_path: Path, unchecked_export: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from selfsight.export import export
+
+    names = [str(tmp_path / name) for name in ("one", "two")]
+    for seed, name in enumerate(names):
+        export(made(seed + 5), Path(name), {})
+    sets = [word for s in "ab" for word in ("--train", str(folder / f"{s}-train"), "--test", str(folder / f"{s}-test"))]
+    files = ["--json", str(tmp_path / "s.json"), "--markdown", str(tmp_path / "s.md")]
+    assert cli.main(["eval", *names, *sets, "--with", "knn", "--k", "3", "--no-cache", *files]) == 0
+    shown = capsys.readouterr()
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert {score["encoder"] for score in found["scores"]} >= {*names, "random-init", "pixels", "majority"}
+    assert {score["dataset"] for score in found["scores"]} == {str(folder / "a-test"), str(folder / "b-test"), "mean"}
+    assert shown.out.count("random-init") == 3
+    assert "points over random-init (95 %:" in shown.err
+    assert (tmp_path / "s.md").read_text() == markdown(found)
+    assert cli.main(["eval", names[0], *sets[:4], "--with", "knn", "--k", "3", "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith(f"**{folder / 'a-test'}** (test, 30 samples")
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["x", "--train", "digits:train", "--train", "digits:test", "--test", "digits:test"], "2 --train and 1 --test"),
+    (["x", "--test", "digits:test", "--json", "runs/a"], "--json: runs/a is no .json file; put --json after the encoders"),
+    (["x", "--test", "digits:test", "--markdown", "runs/a"], "--markdown: runs/a is no .md file"),
+    (["x", "--test", "digits:test", "--shots", "1,b"], "--shots: '1,b' is not a list of whole numbers"),
+    (["x", "--test", "digits:test", "--with", "knn"], "knn: need a training set; add --train"),
+    (["--test", "digits:test", "--train", "digits:train"], "digits:test: holds images; name an encoder"),
+])  # fmt: skip
+def test_wrong_commands_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_older_scores_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_scores({"scores": [row("pretrained", "knn", 90, protocol="how"), row("majority", "majority", 10)]})
+    shown = capsys.readouterr()
+    assert "90.0" in shown.out
+    assert "how" in shown.err
+
+
+def test_every_evaluator_is_known_by_its_line() -> None:
+    assert set(evaluators.DEFAULT) <= set(EVALUATORS)
+    assert all(known.told for known in EVALUATORS.values())
+    assert all(known.twins in (1, 3) for known in EVALUATORS.values())

@@ -73,7 +73,6 @@ def evaluate(
         require_scorable(data, names, k)
     extractor = Extractor(device_of(device), workers, opened(cache), ranks)
     job = Job(names, options, sets, extractor, say if ranks.main else lambda line: None)
-    job.warn_of_equals()
     if encoders:
         job.score_encoders(encoders)
     else:

@@ -69,8 +69,9 @@ class Job:
         several = len(encoders) > 1
         described = {name: _described(source, self.options) for name, source in encoders.items()} if several else {}
         for name, source in encoders.items():
-            self.say(f"scoring {name}" if several else "scoring the pretrained encoder")
             live = _loaded(source)
+            self.warn_of_equals()
+            self.say(f"scoring {name}" if several else "scoring the pretrained encoder")
             described[name] = _describe(live, self.options)
             if self.main and not isinstance(source, Encoder):
                 for told in leaks.pretraining_warnings(
@@ -164,6 +165,7 @@ class Job:
         """Rows of features that come without a model: of floors only the majority class is left."""
         if not self.main:
             return
+        self.warn_of_equals()
         self.say("scoring stored features; random-init and pixels would need the model and the images")
         for data in self.sets.values():
             assert isinstance(data.test, Stored) and not isinstance(data.train, Shards)

@@ -87,15 +87,17 @@ def pretrain(
         try:
             parts = assemble(recipe, accelerator.device, allow_change)
             train(parts, accelerator, stop, peers)
-            end_trackers(accelerator)
             stop.at_once()
             peers.now(parts.steps, "scoring")
             ranks = of_run(accelerator.process_index, accelerator.num_processes)
-            return finish(parts, accelerator.device, loader_workers(recipe), ranks)
+            found = finish(parts, accelerator.device, loader_workers(recipe), ranks)
         except RuntimeError as error:  # a collective fails so when a rank is gone
             if lost := peers.who(error):
                 raise PeerLost(lost) from error
             raise
+        peers.leave()
+        end_trackers(accelerator)  # and the processes' group
+        return found
 
 
 def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = None, peers: Peers | None = None) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from selfsight.data.shards import Shards
@@ -22,6 +21,8 @@ Spec = str | Sequence[str]
 Source = Encoder | str | Path
 TOKEN_POOLS = ("attentive", "ggem")  # of the linear probe, which takes them from tokens itself
 MEAN = "mean"  # the row over several sets
+ONE = "pretrained"  # the row of an encoder that is scored alone
+FLOORS = ("random-init", "pixels", "majority")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Scored:
         """Both sets; without a training set twice the test set."""
         assert isinstance(self.test, Shards) and not isinstance(self.train, Stored)
         return self.train or self.test, self.test
+
+    @property
+    def different(self) -> tuple[Shards, ...]:
+        """What is to be extracted: train and test, or test alone."""
+        return self.shards if self.train is not None else self.shards[1:]
 
 
 def wanted(evaluators: Sequence[str], train: bool) -> tuple[str, ...]:
@@ -63,12 +69,14 @@ def encoders_of(encoder: Source | Sequence[Source] | Mapping[str, Source] | None
     if encoder is None:
         return {}
     if isinstance(encoder, Mapping):
+        if taken := sorted({*encoder} & {*FLOORS}):
+            raise UsageError(f"an encoder cannot be called {taken[0]!r}: that is a floor")
         return dict(encoder)
     if isinstance(encoder, Encoder | str | Path):
-        return {"pretrained": encoder}
+        return {ONE: encoder}
     given = list(encoder)
     if len(given) == 1:
-        return {"pretrained": given[0]}
+        return {ONE: given[0]}
     names = [f"encoder {n}" if isinstance(one, Encoder) else redact(str(one)) for n, one in enumerate(given, 1)]
     return dict(zip(unique(names), given, strict=True))
 
@@ -97,7 +105,9 @@ def sets_of(train: Spec | Mapping[str, Spec] | None, test: Spec | Mapping[str, S
     return {name: _pair(name, trains[name] if trains else None, spec) for name, spec in tests.items()}
 
 
-def _pair(name: str, train: Spec | None, test: Spec) -> Scored:
+def _pair(name: str, train: Spec | None, test: Spec | None) -> Scored:
+    train, test = (str(spec) if isinstance(spec, Path) else spec for spec in (train, test))
+    assert test is not None
     if train is not None and is_stored(train) != is_stored(test):
         raise UsageError(f"{_told(train)} and {_told(test)}: one holds features, the other images; give two of a kind")
     if not is_stored(test):
@@ -137,7 +147,9 @@ def require_scorable(data: Scored, evaluators: Sequence[str], k: Sequence[int]) 
         raise UsageError(f"{data.train_spec} has {kinds[0]}, {data.test_spec} has {kinds[1]}")
     if fit.ndim == 1:
         dense_labels(fit, held)
-    usable_k(k, len(held_out(len(fit), groups=_groups(data.train))[0]))
+    bank, _ = held_out(len(fit), groups=_groups(data.train))
+    if "knn" in evaluators:
+        usable_k(k, len(bank))
 
 
 def _labels(own: Shards | Stored, spec: str) -> Tensor:
@@ -192,6 +204,13 @@ def _told(spec: Spec) -> str:
     return redact(str(spec) if isinstance(spec, str | Path) else " ".join(spec))
 
 
-def device_of(device: torch.device | None) -> torch.device:
-    """The one that is asked for, else a GPU where there is one."""
-    return device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def stored_pools(stored: Stored, options: Options) -> tuple[str, ...]:
+    """The vectors of a file that are scored, the encoder's own first, if it is asked for.
+
+    Raises:
+        UsageError: pools that are not in the file.
+    """
+    known = tuple(stored.features.vectors)
+    if unknown := [pool for pool in options.pools or () if pool not in known]:
+        raise UsageError(f"no pool {', '.join(unknown)} in the file; it has {', '.join(known)}")
+    return tuple(pool for pool in known if pool in (options.pools or known))

@@ -9,12 +9,12 @@ from selfsight import __version__
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
-from selfsight.eval.asked import TOKEN_POOLS, device_of, pools_of
+from selfsight.eval.asked import TOKEN_POOLS, pools_of
 from selfsight.eval.cache import Cache, key_of, opened, weights_of
 from selfsight.eval.extracted import Extractor
 from selfsight.eval.features import Extraction, Features
 from selfsight.eval.leaks import prints_of
-from selfsight.eval.ranks import ALONE, Ranks
+from selfsight.eval.ranks import ALONE, Ranks, own_device
 from selfsight.eval.stored import SUFFIXES, Stored, write
 from selfsight.eval.subject import Options
 from selfsight.redact import redact
@@ -83,7 +83,7 @@ def stored(
     if token := [pool for pool in pools or () if pool in TOKEN_POOLS]:
         raise UsageError(f"{', '.join(token)}: is learned by the linear probe from tokens; it is no vector to store")
     chosen = pools_of(live, Options(pools=tuple(pools or (live.pool,))))
-    extractor = Extractor(device_of(device), workers, opened(cache), ranks)
+    extractor = Extractor(device or own_device(), workers, opened(cache), ranks)
     features = extractor.features(live.to(extractor.device), chosen, shards, extraction)
     about = {
         "encoder": "in memory" if isinstance(encoder, Encoder) else redact(str(encoder)),

@@ -8,14 +8,14 @@ import torch
 
 from selfsight.data.shards import Shards
 from selfsight.errors import UsageError
-from selfsight.eval.asked import Scored, Source, Spec, device_of, encoders_of, require_scorable, sets_of, wanted
+from selfsight.eval.asked import Scored, Source, Spec, encoders_of, require_scorable, sets_of, wanted
 from selfsight.eval.cache import Cache, opened
 from selfsight.eval.evaluators import DEFAULT
 from selfsight.eval.extracted import Extractor
 from selfsight.eval.features import Extraction
 from selfsight.eval.job import Job
 from selfsight.eval.knn import DEFAULT_K
-from selfsight.eval.ranks import ALONE, Ranks
+from selfsight.eval.ranks import ALONE, Ranks, own_device
 from selfsight.eval.stored import Stored
 from selfsight.eval.subject import Options
 
@@ -71,7 +71,7 @@ def evaluate(
             lack = "holds features; leave the encoder out" if encoders else "holds images; name an encoder"
             raise UsageError(f"{data.test_spec}: {lack}")
         require_scorable(data, names, k)
-    extractor = Extractor(device_of(device), workers, opened(cache), ranks)
+    extractor = Extractor(device or own_device(), workers, opened(cache), ranks)
     job = Job(names, options, sets, extractor, say if ranks.main else lambda line: None)
     if encoders:
         job.score_encoders(encoders)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import UsageError
 from selfsight.eval import leaks
-from selfsight.eval.asked import MEAN, Scored, Source, pools_of
+from selfsight.eval.asked import MEAN, ONE, Scored, Source, pools_of, stored_pools
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.extracted import Extractor
 from selfsight.eval.features import Features, labels_only
+from selfsight.eval.kinds import Described, described, floors_of, loaded
 from selfsight.eval.scores import Row, differences, majority, of_twins, over_sets, row_of, with_intervals
 from selfsight.eval.stored import Stored
 from selfsight.eval.subject import Options, Subject
@@ -55,66 +57,73 @@ class Job:
                     self.warn(self._of(data, told))
 
     def warn_of_alike(self, data: Scored, train: Features, test: Features) -> None:
-        """Of test images that look like one of train, once their hashes are there."""
-        if data.train is not None:
-            prints = _prints(data.train), _prints(data.test)
-            for told in leaks.alike_in_train(*prints, train.hashes, test.hashes):
-                self.warn(self._of(data, told))
+        """Of test images that look like one of train, once there are hashes; once a set."""
+        if data.train is None or data.name in self.groups:
+            return
+        prints = _prints(data.train), _prints(data.test)
+        for told in leaks.alike_in_train(*prints, train.hashes, test.hashes):
+            self.warn(self._of(data, told))
+
+    def warn_of_pretraining(self, name: str, source: Source) -> None:
+        """Of test images that an encoder has seen."""
+        if not self.main or isinstance(source, Encoder):
+            return
+        tests = [data.shards[1] for data in self.sets.values()]
+        for told in leaks.pretraining_warnings(source, tests):
+            self.warn(told if name == ONE else f"{name}: {told}")
 
     def _of(self, data: Scored, told: str) -> str:
         return f"{data.name}: {told}" if len(self.sets) > 1 else told
 
     def score_encoders(self, encoders: Mapping[str, Source]) -> None:
         """Rows of all encoders, one at a time: the features of several would not fit beside each other."""
-        several = len(encoders) > 1
-        described = {name: _described(source, self.options) for name, source in encoders.items()} if several else {}
+        known = {name: described(source, self.options) for name, source in encoders.items()}
+        self.warn_of_equals()
         for name, source in encoders.items():
-            live = _loaded(source)
-            self.warn_of_equals()
-            self.say(f"scoring {name}" if several else "scoring the pretrained encoder")
-            described[name] = _describe(live, self.options)
-            if self.main and not isinstance(source, Encoder):
-                for told in leaks.pretraining_warnings(
-                    source, [own for d in self.sets.values() for own in d.shards[1:]]
-                ):
-                    self.warn(f"{name}: {told}" if several else told)
-            self._score(name, live, self.options, self.evaluators)
-        self._score_twins(described)
-        self._score_pixels(described)
+            self.say(f"scoring {'the pretrained encoder' if name == ONE else name}")
+            self.warn_of_pretraining(name, source)
+            for row, data in self._rows(name, loaded(source), self.options, self.evaluators):
+                self._add(data, row)
+        self._score_twins(known)
+        self._score_pixels(known)
         self._score_majority()
-
-    def _score(self, name: str, encoder: Encoder, options: Options, evaluators: Sequence[str]) -> None:
-        for row, data in self._rows(name, encoder, options, evaluators):
-            self._add(data, row)
 
     def _rows(
         self, name: str, encoder: Encoder, options: Options, evaluators: Sequence[str]
     ) -> Iterator[tuple[Row, Scored]]:
-        encoder = encoder.to(self.extractor.device)
+        extractor, encoder = self.extractor, encoder.to(self.extractor.device)
+        pools, weights = pools_of(encoder, options), extractor.weights(encoder)
         for data in self.sets.values():
-            subject = self._subject(name, encoder, options, data)
+            found = [extractor.features(encoder, pools, own, options.extraction, weights) for own in data.different]
             if self.main:
-                self.warn_of_alike(data, subject.train, subject.test)
-                self.groups.setdefault(data.name, subject.test.groups)
-                yield from ((row, data) for row in _scored(evaluators, subject))
+                self.warn_of_alike(data, found[0], found[-1])
+                subject = self._subject(name, pools[0], found, options, data, encoder.preprocessing, encoder)
+                yield from ((row, data) for row in self._scored(evaluators, subject))
 
-    def _subject(self, name: str, encoder: Encoder, options: Options, data: Scored) -> Subject:
-        pools, weights = pools_of(encoder, options), self.extractor.weights(encoder)
-        own = [data.shards[1]] if data.train is None else list(data.shards)
-        found = [self.extractor.features(encoder, pools, shards, options.extraction, weights) for shards in own]
-        made, device = encoder.preprocessing, self.extractor.device
+    def _subject(
+        self,
+        name: str,
+        pool: str,
+        found: Sequence[Features],
+        options: Options,
+        data: Scored,
+        made: Preprocessing | None = None,
+        encoder: Encoder | None = None,
+    ) -> Subject:
         fit, held = found[0], found[-1]
+        self.groups[data.name] = held.groups
+        extractor, shards = self.extractor, None if isinstance(data.test, Stored) else data.shards
         return Subject(
-            name, pools[0], fit, held, options, device, self.extractor.workers, encoder, made, data.shards, self.say
+            name, pool, fit, held, options, extractor.device, extractor.workers, encoder, made, shards, self.say
         )
 
-    def _score_twins(self, described: Mapping[str, "_Described"]) -> None:
+    def _score_twins(self, known: Mapping[str, Described]) -> None:
         """Untrained encoders: one floor for each different architecture, named after the first encoder that has it."""
-        kinds = _kinds({name: own.kind for name, own in described.items()}, "random-init")
-        self.floors = {name: kinds[own.kind][0] for name, own in described.items()}
-        for floor, first in kinds.values():
-            own = described[first]
-            count = max(EVALUATORS[name].twins for name in self.evaluators)
+        floors = floors_of({name: own.twin for name, own in known.items()}, "random-init")
+        self.floors = {name: floors[own.twin][0] for name, own in known.items()}
+        count = max(EVALUATORS[name].twins for name in self.evaluators)
+        for floor, first in floors.values():
+            own = known[first]
             self.say(f"scoring the floors: {floor}, {count} untrained twins")
             found: dict[tuple[str, str, str], list[Row]] = {}
             for seed in range(count):
@@ -125,33 +134,17 @@ class Job:
             for (dataset, *_), parts in found.items():
                 self._add(self.sets[dataset], of_twins(parts))
 
-    def _score_pixels(self, described: Mapping[str, "_Described"]) -> None:
+    def _score_pixels(self, known: Mapping[str, Described]) -> None:
         """Raw pixels: one floor for each different way to read images."""
         self.say("scoring the floors: raw pixels")
-        kinds = _kinds({name: own.pixels for name, own in described.items()}, "pixels")
-        for floor, first in kinds.values():
-            made = described[first].preprocessing
+        for floor, first in floors_of({name: own.pixels for name, own in known.items()}, "pixels").values():
+            made = known[first].preprocessing
             for data in self.sets.values():
-                own = [data.shards[1]] if data.train is None else list(data.shards)
-                found = [self.extractor.pixels(made, shards) for shards in own]
-                if not self.main:
-                    continue
-                device, workers = self.extractor.device, self.extractor.workers
-                subject = Subject(
-                    floor,
-                    "pixels",
-                    found[0],
-                    found[-1],
-                    self.options,
-                    device,
-                    workers,
-                    None,
-                    made,
-                    data.shards,
-                    self.say,
-                )
-                for row in _scored(self.evaluators, subject):
-                    self._add(data, replace(row, score=row.score | {"floor": True}))
+                found = [self.extractor.pixels(made, own) for own in data.different]
+                if self.main:
+                    subject = self._subject(floor, "pixels", found, self.options, data, made)
+                    for row in self._scored(self.evaluators, subject):
+                        self._add(data, replace(row, score=row.score | {"floor": True}))
 
     def _score_majority(self) -> None:
         if not self.main or not any(EVALUATORS[name].labels and EVALUATORS[name].train for name in self.evaluators):
@@ -169,16 +162,27 @@ class Job:
         self.say("scoring stored features; random-init and pixels would need the model and the images")
         for data in self.sets.values():
             assert isinstance(data.test, Stored) and not isinstance(data.train, Shards)
-            fit, held = (data.train or data.test).features, data.test.features
-            self.warn_of_alike(data, fit, held)
-            self.groups[data.name] = held.groups
-            subject = Subject(STORED, data.test.pool, fit, held, self.options, self.extractor.device, say=self.say)
-            rows = _scored(self.evaluators, subject)
+            found = [own.features for own in (data.train, data.test) if own]
+            self.warn_of_alike(data, found[0], found[-1])
+            pools = stored_pools(data.test, self.options)
+            kept = [own._replace(vectors={pool: own.vectors[pool] for pool in pools}) for own in found]
+            rows = self._scored(self.evaluators, self._subject(STORED, pools[0], kept, self.options, data))
             if not rows:
                 raise UsageError(f"{', '.join(self.evaluators)}: need images and an encoder; stored features have none")
             for row in rows:
                 self._add(data, row)
         self._score_majority()
+
+    def _scored(self, evaluators: Sequence[str], subject: Subject) -> list[Row]:
+        """What the evaluators say; what is no number is told and left out."""
+        rows = []
+        for name in evaluators:
+            for outcome in EVALUATORS[name].run(subject):
+                if all(map(isfinite, outcome.values)):
+                    rows.append(row_of(name, subject.name, outcome))
+                else:
+                    self.warn(f"{subject.name}: {name} {outcome.metric} is not a number; left out")
+        return rows
 
     def _add(self, data: Scored, row: Row) -> None:
         told = {
@@ -205,53 +209,6 @@ class Job:
             "differences": differences(rows, self.floors),
             "warnings": self.warnings,
         }
-
-
-@dataclass(frozen=True)
-class _Described:
-    """What the floors of an encoder depend on."""
-
-    config: Any
-    preprocessing: Preprocessing
-
-    @property
-    def kind(self) -> str:
-        """The same for encoders with the same untrained twin."""
-        config = self.config.model_dump_json(exclude={"weights"})
-        return f"{config} {self.preprocessing!r}"
-
-    @property
-    def pixels(self) -> str:
-        """The same for encoders that read images alike."""
-        return repr(self.preprocessing._replace(mean=(), std=()))
-
-
-def _describe(live: Encoder, options: Options) -> _Described:
-    pools_of(live, options)
-    return _Described(live.config, live.preprocessing)
-
-
-def _described(source: Source, options: Options) -> _Described:
-    """Look at an encoder before hours are spent on those before it."""
-    return _describe(_loaded(source), options)
-
-
-def _loaded(source: Source) -> Encoder:
-    from selfsight.export import load_encoder
-
-    return source if isinstance(source, Encoder) else load_encoder(source)
-
-
-def _kinds(by_name: Mapping[str, str], floor: str) -> dict[str, tuple[str, str]]:
-    """For every kind of encoder the name of its floor, and the first encoder of the kind."""
-    first: dict[str, str] = {}
-    for name, kind in by_name.items():
-        first.setdefault(kind, name)
-    return {kind: (floor if len(first) == 1 else f"{floor} of {name}", name) for kind, name in first.items()}
-
-
-def _scored(evaluators: Sequence[str], subject: Subject) -> list[Row]:
-    return [row_of(name, subject.name, outcome) for name in evaluators for outcome in EVALUATORS[name].run(subject)]
 
 
 def _prints(own: Shards | Stored) -> Any:

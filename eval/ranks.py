@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from selfsight.errors import PeerLost
 from selfsight.peers import Peers
-from selfsight.processes import COLLECTIVE_LIMIT, found_each_other, world_size
+from selfsight.processes import found_each_other, world_size
 
 PIECE = 2**24  # values sent at once
 SILENCE = 120.0  # seconds after which a rank counts as frozen
 START = 600.0  # seconds for all ranks to come
+WAIT = timedelta(days=7)  # while rank 0 scores; who is lost is found by `Peers`
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def started() -> Iterator[Ranks]:
         yield ALONE
         return
     with found_each_other(START):
-        dist.init_process_group("gloo", timeout=COLLECTIVE_LIMIT)
+        dist.init_process_group("gloo", timeout=WAIT)
     try:
         here = _Here(dist.get_rank(), world, torch.device("cpu"))
         with Peers(here, SILENCE) as peers:
@@ -114,7 +116,7 @@ def of_run(rank: int, world: int) -> Ranks:
     """The processes of a training run, when it is over: over gloo, whatever the gradients went over."""
     if world == 1:
         return ALONE
-    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_LIMIT)
+    group = dist.new_group(backend="gloo", timeout=WAIT)
     assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     return Ranks(rank, world, group)
 

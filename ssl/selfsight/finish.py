@@ -64,10 +64,10 @@ def _finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> d
 
 
 def _scores(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> dict[str, Any]:
-    """Scores of exactly what was exported."""
+    """Scores of exactly what was exported; other ranks have the same weights, and their disk may not show it yet."""
     config = parts.recipe.eval
     return evaluate(
-        str(parts.recipe.run_dir / "encoder"),
+        str(parts.recipe.run_dir / "encoder") if ranks.main else parts.scored,
         config.train,
         config.test,
         k=config.k,

@@ -73,6 +73,12 @@ def test_memory_is_bounded_without_another_answer(monkeypatch: pytest.MonkeyPatc
     assert np.array_equal(draws_of(each, ALONE, 100), whole)
 
 
+def test_sets_are_drawn_independently() -> None:
+    each = hits(0.5)[:, None]
+    first, second = (draws_of(each, ALONE, 500, seed)[:, 0] for seed in (0, 1))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
+
+
 def test_differences_are_paired() -> None:
     """An encoder that is right wherever the floor is, and 40 times more: the difference is surer than either score."""
     floor = hits(0.5)

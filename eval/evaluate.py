@@ -98,7 +98,9 @@ def _subject(
     name: str, encoder: Encoder, sets: tuple[Shards, Shards], options: Options, device: torch.device, workers: int
 ) -> Subject:
     pools = options.pools or encoder.pools
-    fit, held = (extract(encoder, shards, device, pools, workers=workers) for shards in sets)
+    fit, held = (
+        extract(encoder, shards, device, pools, workers=workers, extraction=options.extraction) for shards in sets
+    )
     made = encoder.preprocessing
     return Subject(name, encoder.pool, fit, held, options, device, workers, encoder, made, sets)
 

@@ -18,6 +18,7 @@ from selfsight.data.placer import normalize, unit
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import DataError, NumericError, UsageError
+from selfsight.eval.extraction import check_extraction, embed, reading_size
 from selfsight.preprocessing import Preprocessing
 
 BATCH = 256
@@ -50,6 +51,9 @@ class Extraction:
     """S2: the image in multiples of the encoder's size, larger ones in tiles; features side by side."""
     merge: int = 0
     """Token merging: patch tokens that each block merges away."""
+
+
+PLAIN = Extraction()
 
 
 @dataclass(frozen=True)
@@ -143,19 +147,22 @@ def extract(
     ids: np.ndarray | None = None,
     workers: int = 0,
     advance: Callable[[int], None] = lambda count: None,
+    extraction: Extraction = PLAIN,
 ) -> Features:
-    """Features of samples `ids` (all, if not given) by `encoder.embed`, in fp32.
+    """Features of samples `ids` (all, if not given) by `encoder.embed`, in fp32, taken as `extraction` says.
 
     Raises:
         NumericError: features that are not finite.
+        UsageError: an extraction that the encoder cannot serve.
     """
     ids = np.arange(len(shards)) if ids is None else ids
     pools = tuple(pools or (encoder.pool,))
+    check_extraction(encoder, pools, extraction)
     parts: dict[str, list[Tensor]] = {pool: [] for pool in pools}
     training = encoder.training
     encoder.eval()
-    for images in prepared(encoder.preprocessing, shards, device, ids, workers):
-        for pool, feature in encoder.embed_pools(images, pools).items():
+    for images in prepared(encoder.preprocessing, shards, device, ids, workers, reading_size(encoder, extraction)):
+        for pool, feature in embed(encoder, images, pools, extraction).items():
             parts[pool].append(feature.float().cpu())
         advance(len(images))
     encoder.train(training)

@@ -21,8 +21,9 @@ from selfsight.errors import DataError
 from selfsight.eval.features import FEW_BATCHES, LONGEST_WAIT, prepared
 from selfsight.preprocessing import Preprocessing
 
-BATCH = 64
-VIEW = View(crop_scale=(0.35, 1.0))  # small sets and small images: MAE's 0.08 leaves too little to see
+SMALLEST, LARGEST, STEPS = 16, 256, 64  # batches, and the steps of an epoch that they are chosen for
+SMALL = 32  # pixels, below which little can be taken from an image
+VIEW, GENTLE = View(crop_scale=(0.35, 1.0)), View(crop_scale=(0.7, 1.0), flip=0.0)  # of images, and of small ones
 RANDAUGMENT = (2, 9)  # changes of an image, and their strength of 30
 Change = Callable[[Tensor], Tensor]
 
@@ -56,7 +57,7 @@ class TensorImages:
 
     def shown(self, ids: Ids) -> Iterator[Tensor]:
         """See `Images`."""
-        yield from self.images[torch.from_numpy(ids)].split(BATCH)
+        yield from self.images[torch.from_numpy(ids)].split(LARGEST)
 
     def drawn(self, ids: Ids, steps: int, seed: int) -> Iterator[Drawn]:
         """See `Images`."""
@@ -67,9 +68,9 @@ class TensorImages:
 
 @dataclass(frozen=True)
 class ShardImages:
-    """Images of shards: crops and flips, and RandAugment (Cubuk et al. 2020, arXiv 1909.13719) where torchvision has it.
+    """Images of shards, augmented: crops and flips, and RandAugment (Cubuk et al. 2020, arXiv 1909.13719); see `augments`.
 
-    That is of plain images of 1 or 3 channels in 8 bits; see `augments`.
+    Of images under 32 pixels only gentle crops: they are letters, digits and the like, and turned or cut they are others.
     """
 
     shards: Shards
@@ -79,8 +80,14 @@ class ShardImages:
 
     @property
     def augments(self) -> bool:
-        """Whether RandAugment takes such images."""
-        return self.made.depth == 8 and self.made.channels in (1, 3) and self.made.frames == 1
+        """Whether RandAugment takes such images: torchvision's knows plain ones of 1 or 3 channels in 8 bits."""
+        plain = self.made.depth == 8 and self.made.channels in (1, 3) and self.made.frames == 1
+        return plain and self.made.image_size >= SMALL
+
+    @property
+    def view(self) -> View:
+        """How images are cropped and flipped."""
+        return VIEW if self.made.image_size >= SMALL else GENTLE
 
     def shown(self, ids: Ids) -> Iterator[Tensor]:
         """See `Images`.
@@ -97,8 +104,8 @@ class ShardImages:
             DataError: an image that cannot be read.
         """
         made, pin = self.made, self.device.type == "cuda"
-        maker = ViewMaker(VIEW, 0, made.image_size, made.interpolation, seed)
-        source = Batches(self.shards, (maker,), seed, made.form, BATCH, step=made.step)
+        maker = ViewMaker(self.view, 0, made.image_size, made.interpolation, seed)
+        source = Batches(self.shards, (maker,), seed, made.form, batch_of(len(ids)), step=made.step)
         change = v2.RandAugment(*RANDAUGMENT) if self.augments else None
         mean, std = made.statistics(self.device)
         workers = self.workers if steps > FEW_BATCHES else 0
@@ -128,14 +135,19 @@ class _Augmented(Dataset[Drawn]):
 
 def due(ids: Ids, step: int, seed: int) -> tuple[Ids, Ids]:
     """The samples of a step, and its positions in the run; a batch may have the end of one epoch and the start of the next."""
-    size = min(BATCH, len(ids))
+    size = batch_of(len(ids))
     positions = np.arange(step * size, (step + 1) * size, dtype=np.int64)
     return ids[sample_ids(positions, len(ids), seed)], positions
 
 
 def steps_of(ids: Ids, epochs: int) -> int:
     """Steps in which each of these samples is seen so many times."""
-    return max(1, -(-len(ids) * epochs // min(BATCH, len(ids))))
+    return -(-len(ids) * epochs // batch_of(len(ids)))
+
+
+def batch_of(size: int) -> int:
+    """Images in a batch of a set of so many: small sets need steps, large ones speed. A power of two from 16 to 256."""
+    return min(size, max(SMALLEST, min(LARGEST, 2 ** (max(1, size // STEPS).bit_length() - 1))))
 
 
 def changed(pixels: Tensor, change: Change, seed: int, positions: Ids) -> Tensor:

@@ -22,7 +22,7 @@ from selfsight.drop_path import Draw
 from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import NumericError, UsageError
 from selfsight.eval import multilabel
-from selfsight.eval.augmented import BATCH, RANDAUGMENT, VIEW, Drawn, Images, ShardImages, steps_of
+from selfsight.eval.augmented import Drawn, Images, ShardImages, batch_of, steps_of
 from selfsight.eval.knn import dense_labels, held_out
 from selfsight.eval.protocol import tenth
 from selfsight.eval.subject import SEEDS, Outcome, Subject
@@ -213,7 +213,7 @@ def run_finetune(subject: Subject) -> list[Outcome]:
     every = np.arange(len(held.labels))
     tuned = finetune(subject.encoder, own, labels, lambda: test.shown(every), options.epochs, options.seeds, fit.groups)
     chosen = {"rate": tuned.rate, "epochs": options.epochs}
-    protocol = _protocol(subject, tuned.rate, own.augments)
+    protocol = _protocol(subject, tuned.rate, own)
     if fit.multilabel:
         return multilabel.outcomes(tuned.answers, truth, protocol, chosen)
     votes = torch.stack([answer.argmax(1) for answer in tuned.answers])
@@ -224,16 +224,17 @@ def run_finetune(subject: Subject) -> list[Outcome]:
     return [Outcome(values, protocol, chosen, each=hits.mean(0).float(), detail=detail)]
 
 
-def _protocol(subject: Subject, rate: float, augments: bool) -> str:
-    assert subject.encoder
-    options, encoder = subject.options, subject.encoder
-    low, high = VIEW.crop_scale or (1.0, 1.0)
-    decay = f", x {OPTIM.layer_decay:g} a block downwards" if encoder.plain else ""
-    changes = (
-        f"crop {low:g}-{high:g}, flip, {'RandAugment {}/{}, '.format(*RANDAUGMENT) if augments else ''}mixup/CutMix"
-    )
+def _protocol(subject: Subject, rate: float, own: ShardImages) -> str:
+    epochs, (low, high) = subject.options.epochs, own.view.crop_scale or (1.0, 1.0)
+    decay = f", x {OPTIM.layer_decay:g} a block downwards" if subject.encoder and subject.encoder.plain else ""
+    changes = [
+        f"crop {low:g}-{high:g}",
+        *["flip"] * bool(own.view.flip),
+        *["RandAugment 2/9"] * own.augments,
+        "mixup/CutMix",
+    ]
     return (
-        f"fine-tuning: AdamW, batches of {BATCH}, {options.epochs} epochs, last one; rate {rate:g} of {RATES} chosen on "
-        f"{tenth(subject)} with a schedule of {max(1, options.epochs // SHORT)}{decay}, warmup and cosine; drop path "
-        f"{DROP_PATH:g}, smoothing {SMOOTHING:g}, {changes}; {encoder.pool}, fp32"
+        f"fine-tuning: AdamW, batches of {batch_of(len(subject.train.labels))}, {epochs} epochs, last one; rate {rate:g} of "
+        f"{RATES} chosen on {tenth(subject)} in {max(1, epochs // SHORT)} epochs{decay}, warmup and cosine; drop path "
+        f"{DROP_PATH:g}, smoothing {SMOOTHING:g}, {', '.join(changes)}; {subject.pool}, fp32"
     )

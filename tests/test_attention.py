@@ -30,7 +30,9 @@ def make(seed: int = 0, **fields: Any) -> Encoder:
     config = EncoderConfig(**fields)
     encoder = build_encoder(config, preprocessing_of(DataConfig(train="x"), config), seed).eval()
     for parameter in encoder.parameters():  # sharper attention than that of fresh weights
-        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+        parameter.data.add_(
+            0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        )
     return encoder
 
 
@@ -41,7 +43,9 @@ def images(encoder: Encoder, count: int = 2) -> torch.Tensor:
 def written_out(encoder: Encoder, x: torch.Tensor) -> list[torch.Tensor]:
     """softmax(q k / sqrt(d)) of each block, query by query, with the block's own input."""
     inputs: list[torch.Tensor] = []
-    hooks = [block.attn.register_forward_pre_hook(lambda module, given: inputs.append(given[0])) for block in encoder.blocks]
+    hooks = [
+        block.attn.register_forward_pre_hook(lambda module, given: inputs.append(given[0])) for block in encoder.blocks
+    ]
     tokens, rope = encoder.begin(x)
     list(encoder._steps(tokens, rope))
     for hook in hooks:
@@ -58,8 +62,14 @@ def written_out(encoder: Encoder, x: torch.Tensor) -> list[torch.Tensor]:
         if rope is not None:
             angle = rope[depth] if encoder.backbone.rope_mixed else rope
             first, half = encoder.prefix_tokens, attn.rotate_half
-            q, k = (torch.cat([p[:, :, :first], apply_rot_embed_cat(p[:, :, first:], angle, half=half)], 2) for p in (q, k))
-        made.append(torch.stack([(k @ q[:, :, i, :, None])[..., 0] / q.shape[-1] ** 0.5 for i in range(q.shape[2])], 2).softmax(-1))
+            q, k = (
+                torch.cat([p[:, :, :first], apply_rot_embed_cat(p[:, :, first:], angle, half=half)], 2) for p in (q, k)
+            )
+        made.append(
+            torch.stack([(k @ q[:, :, i, :, None])[..., 0] / q.shape[-1] ** 0.5 for i in range(q.shape[2])], 2).softmax(
+                -1
+            )
+        )
     return made
 
 

@@ -36,7 +36,9 @@ def make(seed: int = 0, **fields: Any) -> Encoder:
     config = EncoderConfig(**fields)
     encoder = build_encoder(config, preprocessing_of(DataConfig(train="x"), config), seed).eval()
     for parameter in encoder.parameters():
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+        parameter.data.add_(
+            0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        )
     return encoder
 
 
@@ -74,6 +76,7 @@ def test_scales_are_a_loop_over_tiles(fields: dict[str, Any]) -> None:
         assert torch.allclose(found, torch.cat(parts, 1), atol=1e-5)  # type: ignore[arg-type]
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_tiles_are_slices(scale: int, height: int, width: int) -> None:
     x = torch.arange(2.0 * 3 * scale**2 * height * width).view(2, 3, scale * height, scale * width)
@@ -219,7 +222,7 @@ def test_equal_patches_merge_without_a_trace() -> None:
         assert all(torch.allclose(found[pool], plain[pool], atol=1e-4) for pool in encoder.pools)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 20), st.integers(0, 4), st.integers(1, 14), st.integers(0, 5))
 def test_every_patch_stays_counted(merge: int, prefix: int, patches: int, seed: int) -> None:
     drawn = torch.Generator().manual_seed(seed)
@@ -261,7 +264,11 @@ def test_pools_of_one_patch_each_are_the_plain_ones() -> None:
 @pytest.mark.parametrize(
     ("fields", "pool", "message"),
     [
-        ({"name": "vit_small_patch16_dinov3", "image_size": 64, "depth": 2}, "cls", "has rotary positions or other blocks"),
+        (
+            {"name": "vit_small_patch16_dinov3", "image_size": 64, "depth": 2},
+            "cls",
+            "has rotary positions or other blocks",
+        ),
         ({"name": "convnext_atto", "image_size": 32, "pool": "head"}, "head", "has no plain sequence of tokens"),
         (TINY | {"name": "vit_base_patch16_siglip_224", "pool": "head"}, "head", "the pool `head` is .* own"),
     ],

@@ -13,10 +13,10 @@ import torch
 from conftest import pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_tar import make_tar
 
 from selfsight.data.build import write_shards
 from selfsight.data.index import build_index
-from test_tar import make_tar
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import DataError, NumericError, UsageError
@@ -46,7 +46,9 @@ SIZES = given(st.integers(2, 30), st.integers(2, 10), st.integers(0, 10))
 
 
 def make(seed: int = 0, **fields: Any) -> Encoder:
-    config = EncoderConfig(**({"image_size": 8, "channels": 1, "patch": 2, "width": 16, "depth": 2, "heads": 2} | fields))
+    config = EncoderConfig(
+        **({"image_size": 8, "channels": 1, "patch": 2, "width": 16, "depth": 2, "heads": 2} | fields)
+    )
     return build_encoder(config, preprocessing_of(DataConfig(train="x"), config), seed).eval()
 
 
@@ -71,7 +73,7 @@ def noise(samples: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(samples, width)) + 0.3
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @SIZES
 def test_effective_rank_is_the_papers_formula(samples: int, width: int, seed: int) -> None:
     z = noise(samples, width, seed)
@@ -81,7 +83,7 @@ def test_effective_rank_is_the_papers_formula(samples: int, width: int, seed: in
     assert effective_rank(torch.from_numpy(z)) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @SIZES
 def test_eigenvalues_are_numpys(samples: int, width: int, seed: int) -> None:
     z = noise(samples, width, seed)
@@ -109,7 +111,7 @@ def test_alpha_is_the_authors_weighted_fit() -> None:
     assert np.isnan(alpha_req(torch.ones(20, 8)))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @SIZES
 def test_numbers_of_pairs_are_their_formulas(samples: int, width: int, seed: int) -> None:
     z = noise(samples, width, seed)
@@ -125,7 +127,7 @@ def test_numbers_of_pairs_are_their_formulas(samples: int, width: int, seed: int
     assert alignment(given_, torch.from_numpy(other)) == pytest.approx(((u - v) ** 2).sum(1).mean())
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(5, 40), st.integers(3, 8), st.integers(0, 10), st.floats(0.01, 100))
 def test_scale_and_rotation_change_nothing(samples: int, width: int, seed: int, scale: float) -> None:
     z = torch.from_numpy(noise(samples, width, seed))
@@ -160,6 +162,7 @@ def test_pairs_of_many_samples_are_those_of_some() -> None:
     assert uniformity(z, t=1) > uniformity(z, t=2)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 300))
 def test_some_of_many_lie_evenly_among_them(size: int, most: int) -> None:
     chosen = spread(size, most)
@@ -198,12 +201,20 @@ def test_an_encoder_has_every_number(tmp_path: Any) -> None:
 
 def test_what_cannot_be_had_has_no_row(tmp_path: Any) -> None:
     write_shards(iter(pictures(20, (32, 32), mode="RGB")), tmp_path, "s")
-    other = make(name="convnext_atto", image_size=32, pool="head", channels=3, patch=None, width=None, depth=None, heads=None)
+    other = make(
+        name="convnext_atto", image_size=32, pool="head", channels=3, patch=None, width=None, depth=None, heads=None
+    )
     names = {outcome.metric for outcome in run_health(subject_of(other, Shards(str(tmp_path))))}
     assert "attention distance" not in names
     assert "alignment" in names
     stored = subject_of(None, Shards(str(tmp_path)), torch.randn(20, 5))
-    assert [outcome.metric for outcome in run_health(stored)] == ["RankMe", "effective rank", "std", "cosine", "uniformity"]
+    assert [outcome.metric for outcome in run_health(stored)] == [
+        "RankMe",
+        "effective rank",
+        "std",
+        "cosine",
+        "uniformity",
+    ]
     with pytest.raises(UsageError, match="compares images with each other; test has 1"):
         run_health(subject_of(None, Shards(str(tmp_path)), torch.randn(1, 5)))
 
@@ -260,7 +271,8 @@ def test_health_tells_a_collapsed_encoder_from_a_trained_one() -> None:
     collapsed.backbone.norm.weight.data.mul_(1e-3)
     collapsed.backbone.norm.bias.data.fill_(1)
     good, bad = (
-        {row.metric: row.values[0] for row in run_health(subject_of(encoder, shards))} for encoder in (trained, collapsed)
+        {row.metric: row.values[0] for row in run_health(subject_of(encoder, shards))}
+        for encoder in (trained, collapsed)
     )
     assert good["RankMe"] > 2 * bad["RankMe"]
     assert good["std"] > 10 * bad["std"]
@@ -271,5 +283,7 @@ def test_health_tells_a_collapsed_encoder_from_a_trained_one() -> None:
 
 def test_numbers_of_a_known_spectrum() -> None:
     """A covariance of eigenvalues 1/2, 1/4, 1/4 has entropy 1.5 log 2."""
-    z = torch.tensor([[1, 0, 0], [-1, 0, 0], [0, sqrt(0.5), 0], [0, -sqrt(0.5), 0], [0, 0, sqrt(0.5)], [0, 0, -sqrt(0.5)]])
+    z = torch.tensor(
+        [[1, 0, 0], [-1, 0, 0], [0, sqrt(0.5), 0], [0, -sqrt(0.5), 0], [0, 0, sqrt(0.5)], [0, 0, -sqrt(0.5)]]
+    )
     assert effective_rank(z) == pytest.approx(exp(1.5 * log(2)), rel=1e-6)

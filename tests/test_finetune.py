@@ -221,7 +221,7 @@ def test_several_labels_are_questions_of_their_own() -> None:
 
 def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "mixed_up", lambda images, targets, seed, position: (images, targets))
-    [answers] = tune(make(), epochs=10).answers
+    [answers] = tune(make(), epochs=16, rates=(1e-2,)).answers
     assert (answers.argmax(1) == toy(30, 1)[1]).double().mean() > 0.85
 
 

@@ -93,9 +93,8 @@ def merge_tokens(x: Tensor, sizes: Tensor, keys: Tensor, merge: int, prefix: int
     similarity, best = (near[:, first::2] @ near[:, 1 - first :: 2].mT).max(-1)
     order = similarity.argsort(-1, descending=True)
     led, stay = order[:, :merge], order[:, merge:]
-    stay = (
-        stay.sort(1).values if prefix else stay
-    )  # so does the release; the order decides who meets whom in the next block
+    if prefix:  # as in the release; the order decides who meets whom in the next block
+        stay = stay.sort(1).values
     weights = sizes[:, prefix:, None]
     summed = torch.cat([x[:, prefix:] * weights, weights], dim=-1)
     source, target = summed[:, first::2], summed[:, 1 - first :: 2]

@@ -246,6 +246,13 @@ def test_views_are_two_of_the_same_images(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(*two_views(subject, 40))
 
 
+def test_each_image_has_views_of_its_own(tmp_path: Any) -> None:
+    [(image, _)] = pictures(1)
+    write_shards(iter([(image, None)] * 12), tmp_path, "s")
+    first, second = two_views(subject_of(make(), Shards(str(tmp_path))))
+    assert len(torch.cat([first, second]).round(decimals=5).unique(dim=0)) > 20
+
+
 def test_a_score_never_rests_on_a_substitute(tmp_path: Any) -> None:
     write_shards(iter(pictures(30)), tmp_path, "s")
     shards = Shards(str(tmp_path))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tar import make_tar
 
+from selfsight.attention import attention_distance
 from selfsight.data.build import write_shards
 from selfsight.data.index import build_index
 from selfsight.data.shards import Shards
@@ -26,6 +27,7 @@ from selfsight.eval.features import Features, extract, prepared
 from selfsight.eval.health import (
     alignment,
     alpha_req,
+    attention_reach,
     dimension_std,
     effective_rank,
     eigenvalues,
@@ -230,7 +232,8 @@ def test_planes_have_every_number_too(fields: dict[str, Any], tmp_path: Any) -> 
 
 
 def test_views_are_two_of_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = subject_of(make(), Shards("digits:test"))
+    sets = (Shards("digits:train"), Shards("digits:test"))
+    subject = Subject(**{**vars(subject_of(make(), sets[1])), "sets": sets})
     first, second = two_views(subject, 40)
     again = two_views(subject, 40)
     assert torch.equal(first, again[0])
@@ -244,6 +247,16 @@ def test_views_are_two_of_the_same_images(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(health, "VIEW", health.VIEW.model_copy(update={"crop_scale": None, "flip": 0.0}))
     assert torch.allclose(two_views(subject, 40)[0], plain, atol=1e-5)
     assert torch.equal(*two_views(subject, 40))
+
+
+def test_attention_is_looked_at_on_some_test_images() -> None:
+    sets, encoder = (Shards("digits:train"), Shards("digits:test")), make()
+    subject = Subject(**{**vars(subject_of(encoder, sets[1])), "sets": sets})
+    [images] = prepared(encoder.preprocessing, sets[1], CPU, spread(len(sets[1]), 12).numpy())
+    expected = torch.stack([attention_distance(encoder, image[None]) for image in images]).mean(0)
+    found = attention_reach(subject, 12)
+    assert found is not None
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_each_image_has_views_of_its_own(tmp_path: Any) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from selfsight.eval.finetune import run_finetune
+from selfsight.eval.health import run_health
 from selfsight.eval.protocol import run_knn, run_linear
 from selfsight.eval.subject import Run
 
@@ -24,5 +26,9 @@ class Evaluator(NamedTuple):
 EVALUATORS: Mapping[str, Evaluator] = {
     "knn": Evaluator(run_knn, "weighted vote of the k nearest neighbours"),
     "linear": Evaluator(run_linear, "softmax regression on frozen features, its rate, decay and pool chosen"),
+    "finetune": Evaluator(run_finetune, "all weights trained on the labels, the rate chosen", twins=1),
+    "health": Evaluator(
+        run_health, "features without labels: rank, spread, alignment, attention", labels=False, train=False
+    ),
 }
 DEFAULT = tuple(name for name in ("knn", "linear", "health") if name in EVALUATORS)

@@ -20,6 +20,7 @@ from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import DataError, NumericError, UsageError
 from selfsight.eval.ahead import ahead
+from selfsight.eval.extraction import check_extraction, embed, reading_size
 from selfsight.eval.phash import phash
 from selfsight.eval.ranks import ALONE, Ranks
 from selfsight.preprocessing import Preprocessing
@@ -177,15 +178,18 @@ def extract(
 
     Raises:
         NumericError: features that are not finite.
+        UsageError: an extraction that the encoder cannot serve.
     """
     ids = np.arange(len(shards)) if ids is None else ids
     pools = tuple(pools or (encoder.pool,))
+    check_extraction(encoder, pools, extraction)
     parts: dict[str, list[Tensor]] = {name: [] for name in (*pools, HASHES)}
     own = ranks.share(-(-len(ids) // BATCH))
+    mine, size = ids[own.start * BATCH : own.stop * BATCH], reading_size(encoder, extraction)
     training = encoder.training
     encoder.eval()
-    for images in prepared(encoder.preprocessing, shards, device, ids[own.start * BATCH : own.stop * BATCH], workers):
-        for pool, feature in encoder.embed_pools(images, pools).items():
+    for images in prepared(encoder.preprocessing, shards, device, mine, workers, size):
+        for pool, feature in embed(encoder, images, pools, extraction).items():
             parts[pool].append(feature.float().cpu())
         parts[HASHES].append(phash(images))
         advance(len(images))

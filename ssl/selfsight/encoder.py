@@ -202,13 +202,13 @@ class Encoder(nn.Module):
             if keep is not None or (mask is not None and not self.hierarchical):
                 raise UsageError(f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model")
             return self._as_tokens(self._dense(images, mask, mask_token))
-        first, rope = self._begin(images, keep, mask, mask_token, any_size, shown)
+        first, rope = self.begin(images, keep, mask, mask_token, any_size, shown)
         last = first
         for _, x in self._steps(first, rope):
             last = x
-        return self._normed(last)
+        return self.normed(last)
 
-    def _begin(
+    def begin(
         self,
         images: Tensor,
         keep: Tensor | None = None,
@@ -236,7 +236,8 @@ class Encoder(nn.Module):
                 x = block(x, **extra)
             yield depth, x
 
-    def _normed(self, x: Tensor) -> Tokens:
+    def normed(self, x: Tensor) -> Tokens:
+        """What comes out of a block (B, T, D), through the last norm."""
         x = self.backbone.norm(x)
         return Tokens(x[:, : self.prefix_tokens], x[:, self.prefix_tokens :])
 
@@ -248,8 +249,8 @@ class Encoder(nn.Module):
         """
         if not self.plain or not 1 <= last <= len(self.blocks):
             raise UsageError(f"{self.config.name}: the last {last} blocks can be had of a plain ViT that has as many")
-        start = self._begin(images, shown=self._shown(channels))
-        return [self._normed(x) for depth, x in self._steps(*start) if depth >= len(self.blocks) - last]
+        start = self.begin(images, shown=self._shown(channels))
+        return [self.normed(x) for depth, x in self._steps(*start) if depth >= len(self.blocks) - last]
 
     def embed(
         self,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from selfsight.eval import cluster, fewshot, lda, logistic, retrieval
 from selfsight.eval.protocol import run_knn, run_linear
 from selfsight.eval.subject import Run
 
@@ -24,5 +25,10 @@ class Evaluator(NamedTuple):
 EVALUATORS: Mapping[str, Evaluator] = {
     "knn": Evaluator(run_knn, "weighted vote of the k nearest neighbours"),
     "linear": Evaluator(run_linear, "softmax regression on frozen features, its rate, decay and pool chosen"),
+    "logistic": Evaluator(logistic.run, "logistic regression at its optimum, C chosen"),
+    "fewshot": Evaluator(fewshot.run, "nearest class mean of a few labelled samples a class"),
+    "lda": Evaluator(lda.run, "linear discriminant analysis in closed form, shrinkage chosen"),
+    "retrieval": Evaluator(retrieval.run, "mAP and recall of test among train, ranked by cosine"),
+    "cluster": Evaluator(cluster.run, "NMI, ARI and accuracy of k-means on test, without labels", train=False),
 }
 DEFAULT = ("knn", "linear")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from selfsight.eval import cluster, fewshot, lda, logistic, retrieval
+from selfsight.eval import bags, cluster, fewshot, lda, logistic, retrieval
 from selfsight.eval.protocol import run_knn, run_linear
 from selfsight.eval.subject import Run
 
@@ -30,5 +30,6 @@ EVALUATORS: Mapping[str, Evaluator] = {
     "lda": Evaluator(lda.run, "linear discriminant analysis in closed form, shrinkage chosen"),
     "retrieval": Evaluator(retrieval.run, "mAP and recall of test among train, ranked by cosine"),
     "cluster": Evaluator(cluster.run, "NMI, ARI and accuracy of k-means on test, without labels", train=False),
+    "bags": Evaluator(bags.run, "one label a slide or patient: attention over the samples of a group", twins=1),
 }
 DEFAULT = ("knn", "linear")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from selfsight.errors import UsageError
 from selfsight.eval.abmil import HIDDEN, fit_attention, scored
-from selfsight.eval.checks import checked
+from selfsight.eval.checks import checked, one_label
 from selfsight.eval.knn import dense_labels, held_out
 from selfsight.eval.linear import Standardizer
 from selfsight.eval.logistic import logistic
@@ -123,8 +123,9 @@ def bags_of(labels: Tensor, groups: Tensor, name: str = "train") -> Bags:
     """Samples by group.
 
     Raises:
-        UsageError: no groups at all, or a group whose samples have several labels.
+        UsageError: lists of labels, no groups at all, or a group whose samples have several labels.
     """
+    one_label(labels)
     if len(groups) != len(labels):
         raise UsageError(f"{name}: {len(labels):,} samples have {len(groups):,} groups")
     if not (groups >= 0).any():

@@ -65,24 +65,20 @@ def logistic(
         targets = train_labels.bool()
     else:
         targets = checked(train, train_labels, test, test_labels)[0]
+    lists, columns = targets.ndim == 2, (targets if targets.ndim == 2 else F.one_hot(targets)).double()
     fit, choose = held_out(len(train), groups=groups)
     tried: list[tuple[float, float, float]] = []
     unfinished: list[float] = []
     scale, weights = Standardizer(train[fit].double()), None
     x, y = scale(train[fit].double()), scale(train[choose].double())
     for strength in sorted(strengths):
-        weights, done = fit_logistic(x, _columns(targets)[fit], strength, weights)
+        weights, done = fit_logistic(x, columns[fit], strength, lists, weights)
         unfinished += [] if done else [strength]
         tried.append((*_merit(y @ weights, targets[choose]), -strength))
     best = -max(tried)[2]  # the smallest C of equals
     scale = Standardizer(train.double())
-    weights, done = fit_logistic(scale(train.double()), _columns(targets), best)
+    weights, done = fit_logistic(scale(train.double()), columns, best, lists)
     return LogisticResult(scale(test.double()) @ weights, best, tuple(unfinished) if done else (*unfinished, best))
-
-
-def _columns(targets: Tensor) -> Tensor:
-    """(N, C) float64, 1 where a sample is of the class."""
-    return (targets if targets.ndim == 2 else F.one_hot(targets)).double()
 
 
 def _merit(scores: Tensor, targets: Tensor) -> tuple[float, float]:
@@ -93,35 +89,40 @@ def _merit(scores: Tensor, targets: Tensor) -> tuple[float, float]:
 
 
 def fit_logistic(
-    features: Tensor, targets: Tensor, strength: float, start: Tensor | None = None, tolerance: float = TOLERANCE
+    features: Tensor,
+    targets: Tensor,
+    strength: float,
+    lists: bool = False,
+    start: Tensor | None = None,
+    tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, bool]:
     """Weights (D, C) at the optimum, and whether it was reached.
 
-    Where every row of the targets has exactly one 1 it is softmax regression, else one logistic regression a column. Of two
-    classes scikit-learn has one column, whose penalty is a half of that of the two: so it is doubled.
+    Of two classes scikit-learn has one column, whose penalty is half of that of the two here: so theirs is doubled.
 
     Args:
         features: (N, D) float64 whose last column is a constant 1: the bias, which is not penalised.
-        targets: (N, C) 0 or 1.
+        targets: (N, C) float64, 0 or 1.
         strength: scikit-learn's C.
+        lists: whether samples have lists of labels: a regression for each column. Otherwise the classes exclude each other:
+            softmax regression.
         start: weights to start from; zeros if None.
     """
     device = device_of_fits()
     features, targets = features.to(device), targets.to(device)
-    softmax = bool((targets.sum(1) == 1).all()) and targets.shape[1] > 1
-    penalty = (2.0 if softmax and targets.shape[1] == 2 else 1.0) / (strength * len(features))
+    penalty = (2.0 if targets.shape[1] == 2 and not lists else 1.0) / (strength * len(features))
     shape = targets.shape[1], features.shape[1]  # this way round both products run along the features' rows
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = torch.from_numpy(flat).to(device).view(shape)
-        loss, share = (_softmax if softmax else _sigmoid)(features @ weights.T, targets)
+        loss, share = (_sigmoid if lists else _softmax)(features @ weights.T, targets)
         gradient = share.T @ features / len(features)
         gradient[:, :-1] += penalty * weights[:, :-1]
         loss = loss / len(features) + penalty / 2 * weights[:, :-1].square().sum()
         return loss.item(), gradient.flatten().cpu().numpy()
 
     first = torch.zeros(shape, dtype=torch.float64) if start is None else start.T
-    limits = {"maxiter": MOST_ITERATIONS, "maxfun": 2 * MOST_ITERATIONS, "gtol": tolerance, "ftol": 64 * 2.0**-52}
+    limits = {"maxiter": MOST_ITERATIONS, "maxfun": 2 * MOST_ITERATIONS, "gtol": tolerance, "ftol": 0.0}
     found = minimize(loss_and_gradient, first.flatten().numpy(), jac=True, method="L-BFGS-B", options=limits)
     return torch.from_numpy(found.x).view(shape).T, bool(abs(found.jac).max() <= tolerance)
 

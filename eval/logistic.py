@@ -20,7 +20,7 @@ from selfsight.eval.linear import Standardizer
 from selfsight.eval.protocol import tenth
 from selfsight.eval.subject import Outcome, Subject
 
-STRENGTHS = tuple(10 ** (power / 2) for power in range(-12, 5))  # C from 1e-6 to 100, two a decade
+STRENGTHS = tuple(10 ** (power / 2) for power in range(-10, 7))  # C from 1e-5 to 1000, two a decade
 TOLERANCE = 1e-4  # scikit-learn's: on the largest entry of the gradient of the mean loss
 MOST_ITERATIONS = 1000
 

@@ -65,7 +65,7 @@ def test_bags_are_the_papers() -> None:
             assert torch.allclose(logits[bag, h], z @ heads.classifier[:, h])
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(-500, 500)), min_size=1, max_size=30))
 def test_the_softmax_is_torchs_within_each_bag(pairs: list[tuple[int, float]]) -> None:
     of, scores = (
@@ -162,6 +162,7 @@ def test_large_bags_are_learned_from_some_of_their_samples(quick: None, monkeypa
         assert torch.allclose(part, whole, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-1, 5), min_size=1, max_size=30).filter(lambda groups: max(groups) >= 0))
 def test_bags_are_groups_in_the_order_of_their_first_samples(groups: list[int]) -> None:
     labels = torch.tensor([10 + group if group >= 0 else i for i, group in enumerate(groups)])

@@ -16,7 +16,7 @@ from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.knn import unit
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 def test_pairs_are_the_best_of_all(pairs: list[tuple[int, int]]) -> None:
     clusters, labels = (torch.tensor(column) for column in zip(*pairs, strict=True))

@@ -37,7 +37,7 @@ def test_draws_differ_nest_and_depend_on_nothing_else() -> None:
     assert firsts.max() < 25 and (firsts > 0).sum() > 40
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 6)), min_size=3, max_size=80), st.integers(0, 9))
 def test_samples_of_one_group_come_last(pairs: list[tuple[int, int]], draw: int) -> None:
     labels, groups = (torch.tensor(column) for column in zip(*pairs, strict=True))

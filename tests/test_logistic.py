@@ -78,6 +78,8 @@ def test_the_whole_is_scikit_learns_with_the_c_that_the_tenth_chooses() -> None:
         tried.append((theirs.score(scale.transform(x[choose].numpy()), labels[choose]), -loss, -strength))
     assert found.strength == -max(tried)[2]
     assert found.unfinished == ()
+    # Two that are right equally often on the tenth: the lower cross-entropy.
+    assert logistic(x, labels, y, truth, strengths=(0.1, 1.0)).strength == 1.0
     scale = StandardScaler().fit(x.numpy())
     theirs = LogisticRegression(C=found.strength, tol=1e-8, max_iter=2000).fit(scale.transform(x.numpy()), labels)
     assert found.scores.argmax(1).tolist() == theirs.predict(scale.transform(y.numpy())).tolist()
@@ -138,6 +140,7 @@ def test_outcomes_of_lists() -> None:
     found = {outcome.metric: outcome for outcome in run(subject_of(x, lists, y, held))}
     assert set(found) == {"mAP", "AUC"}
     assert found["AUC"].values[0] > 80
+    assert logistic(x, lists, y, held, strengths=(1e-5, 0.1)).strength == 0.1  # the lower cross-entropy
     assert "one class against the rest" in found["mAP"].protocol
 
 

@@ -38,7 +38,7 @@ def test_the_textbooks_formula() -> None:
     assert found.before.item() == 0
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=8, max_size=8), min_size=1, max_size=5), st.integers(1, 7))
 def test_ties_are_scikit_learns_and_count_against(rows: list[list[int]], relevant: int) -> None:
     similar = torch.tensor(rows, dtype=torch.float32)

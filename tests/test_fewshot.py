@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestCentroid
+from torch import Tensor
 from vectors import blobs, refuses_bad_input, refuses_lists, subject_of
 
 from selfsight.errors import NumericError, UsageError
@@ -15,12 +16,20 @@ from selfsight.eval.fewshot import drawn, fewshot, nearest, run, turns
 
 def test_hits_are_those_of_scikit_learns_nearest_centroid() -> None:
     (x, labels), (y, truth) = blobs(200), blobs(90, seed=1)
-    found = fewshot(x + 5, labels, y + 5, truth, (2, 3), 4)  # an offset that centring takes away
+    groups = (torch.arange(200) // 40) % 2  # which half of each class a draw may take first
+    for of in (None, groups):
+        found = fewshot(x + 5, labels, y + 5, truth, (2, 3), 4, of)  # an offset that centring takes away
+        check_hits(found, of, x, labels, y, truth)
+
+
+def check_hits(
+    found: dict[int, Tensor], of: Tensor | None, x: Tensor, labels: Tensor, y: Tensor, truth: Tensor
+) -> None:
     centre = x.mean(0)
     fit, held = ((own - centre) / (own - centre).norm(dim=1, keepdim=True) for own in (x, y))
     for draw in range(4):
         for k in (2, 3):
-            taken = torch.cat([own[:k] for own in drawn(labels, None, draw)])
+            taken = torch.cat([own[:k] for own in drawn(labels, of, draw)])
             theirs = NearestCentroid().fit(fit[taken], labels[taken]).predict(held)
             assert found[k][draw].tolist() == (theirs == truth.numpy()).tolist()
 

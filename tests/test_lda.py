@@ -12,6 +12,7 @@ from selfsight.errors import NumericError, UsageError
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.knn import held_out
 from selfsight.eval.lda import SHRINKAGES, fit_lda, lda, run
+from selfsight.eval.linear import Standardizer
 
 
 def uneven(count: int, seed: int = 0, noise: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,11 +45,9 @@ def test_the_whole_is_scikit_learns_with_the_shrinkage_that_the_tenth_chooses() 
         loss = log_loss(labels[choose], theirs.predict_proba(b), labels=[0, 1, 2])
         tried.append((theirs.score(b, labels[choose]), -loss, shrinkage))
     assert found.shrinkage == max(tried)[2]
-    scale = StandardScaler().fit(x.double().numpy())
-    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=found.shrinkage).fit(
-        scale.transform(x.double().numpy()), labels
-    )
-    assert found.scores.argmax(1).tolist() == theirs.predict(scale.transform(y.double().numpy())).tolist()
+    a, b = (Standardizer(x.double())(own.double())[:, :-1].numpy() for own in (x, y))
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=found.shrinkage).fit(a, labels)
+    assert np.allclose(found.scores, theirs.decision_function(b), rtol=1e-6, atol=1e-6)
 
 
 def test_more_dimensions_than_samples() -> None:
@@ -70,6 +69,12 @@ def test_a_class_of_the_held_out_tenth_only() -> None:
     (x, labels), (y, truth) = blobs(120), blobs(40, seed=1)
     labels[held_out(120)[1][0]] = 9
     assert lda(x, labels, y, truth).scores.isfinite().all()
+    weights, bias = fit_lda(x.double(), labels.clamp(max=4), 6, (0.1,))[
+        0.1
+    ]  # a class without a sample is never the answer
+    scores = x.double() @ weights + bias
+    assert scores.isfinite().all()
+    assert (scores.argmax(1) < 5).all()
 
 
 def test_outcomes_add_up() -> None:

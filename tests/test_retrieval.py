@@ -73,6 +73,8 @@ def test_a_querys_own_group_is_left_out() -> None:
     alone = retrieval(x, labels, y, truth, labels, truth)  # all that is relevant is of the query's group
     assert alone.precision.isnan().all()
     assert not alone.recall(10).any()
+    nothing = ranked(torch.tensor([[-torch.inf, 0.5]]), slice(0, 1))
+    assert not nothing.recall(2).any()
 
 
 def test_outcomes_add_up() -> None:

@@ -79,9 +79,12 @@ def run_linear(subject: Subject) -> list[Outcome]:
 
 
 def _pools(subject: Subject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By pool the vectors of train and test that were extracted, and tokens (N, T, D) for every token pool asked for."""
-    train, test = dict(subject.train.vectors), dict(subject.test.vectors)
-    asked = [pool for pool in subject.options.pools or () if pool in TOKEN_POOLS]
+    """By pool what the probe chooses from: vectors (N, D), and tokens (N, T, D) for every token pool asked for."""
+    wanted = subject.options.pools or ()
+    asked = [pool for pool in wanted if pool in TOKEN_POOLS and subject.encoder is not None]
+    # Raw pixels and stored vectors have pools of their own.
+    names = [pool for pool in subject.train.vectors if pool in wanted] or ([] if asked else list(subject.train.vectors))
+    train, test = ({pool: side.vectors[pool] for pool in names} for side in (subject.train, subject.test))
     if not asked or subject.encoder is None:
         return train, test
     if subject.sets is None:

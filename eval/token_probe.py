@@ -70,16 +70,20 @@ def generalised_mean(x: Tensor, exponents: Tensor) -> Tensor:
     return (((logs * exponents[:, None]).logsumexp(2) - log(x.shape[1])) / exponents).exp()
 
 
-def start(kind: str, tokens: Tensor, rows: Tensor, weights: Tensor, heads: int) -> TokenHeads:
-    """What is fitted first: the pool that the kind starts as, and weights (D + 1, C) for every head."""
-    width, device = tokens.shape[-1], weights.device
-    plain = torch.full((1, width), EXPONENT)
+def statistics(kind: str, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (D,) over `rows` of the pool that a kind starts as; a constant channel has the deviation 1."""
+    plain = torch.full((1, tokens.shape[-1]), EXPONENT)
     pooled = [
         part.mean(1) if kind == "attentive" else generalised_mean(part, plain)[:, 0]
         for part in (tokens[chunk].float() for chunk in rows.split(_ROWS))
     ]
     std, mean = torch.std_mean(torch.cat(pooled), 0)
-    std = torch.where(std > 1e-6, std, torch.ones_like(std))
+    return mean, torch.where(std > 1e-6, std, torch.ones_like(std))
+
+
+def start(kind: str, mean: Tensor, std: Tensor, weights: Tensor, heads: int) -> TokenHeads:
+    """Every head with weights (D + 1, C), pooling as the kind starts."""
+    width, device = len(mean), weights.device
     shape = torch.zeros(heads, width) if kind == "attentive" else torch.full((heads, gcd(width, GROUPS)), log(EXPONENT))
     return TokenHeads(kind, shape.to(device), weights.repeat(heads, 1, 1), mean.to(device), std.to(device))
 
@@ -109,10 +113,10 @@ def fit_tokens(
     # A tensor of (B, heads, T, D), of the generalised mean, is what bounds how many are trained at once.
     numbers = min(len(rows), _ROWS) * tokens.shape[1] * (tokens.shape[2] if kind == "ggem" else 1)
     many = max(1, _NUMBERS // numbers)
-    parts = []
+    parts, (mean, std) = [], statistics(kind, tokens, rows)
     for first in range(0, len(heads), many):
         some = heads[first : first + many]
-        probe = start(kind, tokens, rows, weights, len(some))
+        probe = start(kind, mean, std, weights, len(some))
         _train(probe, tokens, rows, labels, some, steps(), frozen)
         parts.append(probe)
     return torch.no_grad()(lambda given: torch.cat([probe(given) for probe in parts], dim=1))

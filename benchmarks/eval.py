@@ -3,7 +3,7 @@
 python benchmarks/eval.py --json          about ten minutes on two cores
 
 Every ratio is the median over pairs of wall times, theirs / ours (above 1: ours is faster), the ways in turn on the same tensors;
-`*_spread` is the largest ratio minus the smallest. Each side has all that it needs on the clock: of kNN the search and the vote of
+`*_spread` is the largest ratio minus the smallest, `*_cpu` the ratio in CPU time of the process, which other work disturbs less. Each side has all that it needs on the clock: of kNN the search and the vote of
 every k, of a sweep standardised features in, trained weights out, with the same heads, batches and steps. Times are medians in
 seconds.
 
@@ -37,29 +37,32 @@ from selfsight.eval.linear import HEADS, MOMENTUM, fit_heads, schedule
 BANK, QUERIES, WIDTH, CLASSES = 50_000, 10_000, 384, 100
 SAMPLES, POOLS, SWEPT = 10_000, 3, 10  # features of a sweep, and their classes
 Ways = dict[str, Callable[[], object]]
+Times = tuple[float, float]  # wall and CPU seconds
 
 
-def paired(ways: Ways, repeats: int) -> dict[str, list[float]]:
-    """Seconds of several ways, in turn, after one round that warms caches."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+def paired(ways: Ways, repeats: int) -> dict[str, list[Times]]:
+    """Times of several ways, in turn, after one round that warms caches."""
+    found: dict[str, list[Times]] = {name: [] for name in ways}
     for round_ in range(repeats + 1):
         for name, way in ways.items():
-            started = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             way()
             if round_:
-                found[name].append(time.perf_counter() - started)
+                found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return found
 
 
-def told(found: dict[str, list[float]], ours: str, scale: dict[str, float] | None = None) -> dict[str, float]:
+def told(found: dict[str, list[Times]], ours: str, scale: dict[str, float] | None = None) -> dict[str, float]:
     """Median seconds, and ratios of theirs to ours with their spread; times of what ran in part are scaled up."""
-    scale = scale or {}
-    full = {name: [seconds * scale.get(name, 1) for seconds in times] for name, times in found.items()}
-    made = {f"{name}_seconds": round(median(times), 3) for name, times in full.items()}
-    for name in (name for name in full if name != ours):
-        ratios = [b / a for a, b in zip(full[ours], full[name], strict=True)]
-        made |= {f"{ours}_vs_{name}": round(median(ratios), 2)}
-        made |= {f"{ours}_vs_{name}_spread": round(max(ratios) - min(ratios), 2)}
+    made: dict[str, float] = {}
+    for name, times in found.items():
+        factor = (scale or {}).get(name, 1)
+        made[f"{name}_seconds"] = round(factor * median(wall for wall, _ in times), 3)
+        if name != ours:
+            wall, cpu = ([factor * b[i] / a[i] for a, b in zip(found[ours], times, strict=True)] for i in (0, 1))
+            made[f"{ours}_vs_{name}"] = round(median(wall), 2)
+            made[f"{ours}_vs_{name}_spread"] = round(max(wall) - min(wall), 2)
+            made[f"{ours}_vs_{name}_cpu"] = round(median(cpu), 2)
     return made
 
 

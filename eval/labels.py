@@ -36,7 +36,7 @@ def check_pairs(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: 
     """Refuse features and labels that do not belong together.
 
     Raises:
-        UsageError: other numbers of labels than of features, other widths, or an empty set.
+        UsageError: other numbers of labels than of features, other widths, several labels that are not bool, or an empty set.
     """
     for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
         if not len(features):
@@ -44,6 +44,10 @@ def check_pairs(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: 
         if labels is not None and len(labels) != len(features):
             raise UsageError(
                 f"{name} has {len(features):,} features and {len(labels):,} labels; there must be one each"
+            )
+        if labels is not None and labels.ndim == 2 and labels.dtype != torch.bool:
+            raise UsageError(
+                f"{name}'s labels are {labels.dtype} {[*labels.shape]}; several labels a sample are bool (N, C)"
             )
     if train.shape[1:] != test.shape[1:]:
         raise UsageError(f"train's features have the shape {[*train.shape[1:]]} and test's {[*test.shape[1:]]}")

@@ -255,6 +255,8 @@ def test_nothing_to_rank_is_told() -> None:
     x, has = several(40)
     with pytest.raises(UsageError, match="no class that some of 4 samples have and others lack"):
         knn_ranked(x, torch.ones_like(has), x, (1, 3))
+    with pytest.raises(UsageError, match=r"train's labels are torch.int64 \[40, 5\]; several labels a sample are bool"):
+        knn_ranked(x, has.long(), x, (1, 3))
     with pytest.raises(UsageError, match="no class that some of 40 samples have and others lack"):
         outcomes([has.double()], torch.zeros_like(has), "", {})
     with pytest.raises(NumericError, match="scores that are not finite"):

@@ -164,6 +164,17 @@ def test_probes_converge_on_digits(pool: str, digits: dict[str, list[Features]])
         assert accuracies[reached] == pytest.approx(100 * best.score(y[:, :-1], labels), abs=0.2)
 
 
+def test_of_equal_accuracies_the_lowest_cross_entropy_is_chosen(short: None) -> None:
+    (x, labels), (y, truth) = blobs(400, noise=1), blobs(100, seed=1, noise=1)
+    found = linear({"x": x}, labels, {"x": y}, truth, seeds=1)
+    fit, choose = held_out(400)
+    scale = Standardizer(x[fit])
+    accuracies, losses = score(fit_heads(scale(x[fit]), labels[fit], 4, HEADS, 0), scale(x[choose]), labels[choose])
+    best = [i for i, accuracy in enumerate(accuracies) if accuracy == max(accuracies)]
+    assert len(best) > 5
+    assert (found.rate, found.decay) == HEADS[min(best, key=lambda i: losses[i])] != HEADS[best[-1]]
+
+
 def test_probes_of_several_labels_reach_the_convex_optimum() -> None:
     x, labels = blobs(400)
     has = torch.stack([labels == 0, labels % 2 == 0, x[:, 0] > 0], 1)
@@ -215,7 +226,9 @@ def test_features_that_are_not_finite_and_rates_that_all_diverge_are_refused(
         linear({"x": x}, labels, {"x": x}, labels)
 
 
-def test_the_outcome_tells_the_mean_over_seeds(short: None) -> None:
+def test_the_outcome_tells_the_mean_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfsight.eval.linear.LEAST_STEPS", 6)  # so few that seeds differ
+    monkeypatch.setattr("selfsight.eval.linear.EPOCHS", 1)
     (x, labels), (y, truth) = blobs(200, noise=3), blobs(80, seed=1, noise=3)
     none = torch.full((200,), -1)
     fit, held = Features({"x": x}, labels + 5, none), Features({"x": y}, truth + 5, none[:80])
@@ -224,6 +237,9 @@ def test_the_outcome_tells_the_mean_over_seeds(short: None) -> None:
     assert np.mean(found.values) == pytest.approx(100 * found.each.mean().item(), rel=1e-6)  # type: ignore[union-attr]
     probe = linear({"x": x}, labels, {"x": y}, truth)
     assert probe.accuracies == found.values
+    correct = (probe.logits.argmax(2) == truth).float()
+    assert not torch.equal(correct[0], correct[1])
+    assert torch.allclose(found.each, correct.mean(0))  # type: ignore[arg-type]
     matrices = [confusion_matrix(truth, answer.argmax(1)) for answer in probe.logits]
     assert np.allclose(found.detail["confusion"], np.mean(matrices, 0), atol=0.006)
     assert found.detail["classes"] == [5, 6, 7, 8]

@@ -3,9 +3,9 @@
 python benchmarks/eval.py --json          about ten minutes on two cores
 
 Every ratio is the median over pairs of wall times, theirs / ours (above 1: ours is faster), the ways in turn on the same tensors;
-`*_spread` is the largest ratio minus the smallest, `*_cpu` the ratio in CPU time of the process, which other work disturbs less. Each side has all that it needs on the clock: of kNN the search and the vote of
-every k, of a sweep standardised features in, trained weights out, with the same heads, batches and steps. Times are medians in
-seconds.
+`*_spread` is the largest ratio minus the smallest, `*_cpu` the ratio in CPU time of the process, which other work disturbs less.
+Each side has all that it needs on the clock: of kNN the search and the vote of every k, of a sweep standardised features in and
+trained weights out, with the same heads, batches and steps. Times are medians in seconds.
 
 knn_vs_dino        facebookresearch/dino's eval_knn.py, its loop over k as released
 knn_vs_faiss       faiss.IndexFlatIP: add and search for the largest k, without any vote
@@ -27,6 +27,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import faiss
 import torch
+from eval_extract import extract_vs_forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -186,20 +187,13 @@ def main() -> None:
     parts: dict[str, Callable[[], dict[str, float]]] = {
         "knn": lambda: knn_speed(options.repeats),
         "sweep": lambda: sweep_speed(options.repeats, options.steps),
-        "extract": lambda: extraction(options.repeats),
+        "extract": lambda: extract_vs_forward(options.repeats),
     }
     result: dict[str, float] = {"threads": options.threads, "repeats": options.repeats}
     for name, part in parts.items():
         if options.only in (None, name):
             result |= part()
     print(json.dumps(result, indent=1) if options.json else "\n".join(f"{k:40} {v}" for k, v in result.items()))
-
-
-def extraction(repeats: int) -> dict[str, float]:
-    """Features of a set against the bare forward pass."""
-    from eval_extract import extract_vs_forward
-
-    return extract_vs_forward(repeats)
 
 
 if __name__ == "__main__":

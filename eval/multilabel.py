@@ -7,7 +7,8 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from selfsight.errors import UsageError
+from selfsight.errors import NumericError, UsageError
+from selfsight.eval.quality import rankable
 from selfsight.eval.subject import Outcome
 
 
@@ -19,14 +20,16 @@ def outcomes(answers: Sequence[Tensor], labels: Tensor, protocol: str, chosen: M
         labels: (M, C) bool.
 
     Raises:
-        UsageError: no class is there both with and without.
+        UsageError: no class is there both with and without, or scores of another shape.
+        NumericError: a score that is not finite.
     """
-    truth = labels.numpy()
-    told = np.flatnonzero(truth.any(0) & ~truth.all(0))
-    if not len(told):
-        raise UsageError("no class that some test samples have and others lack: nothing can be ranked")
+    truth, told = labels.numpy(), rankable(labels)
     made: dict[str, list[np.ndarray]] = {"mAP": [], "AUC": []}
     for scores in answers:
+        if scores.shape != labels.shape:
+            raise UsageError(f"scores {[*scores.shape]} for labels {[*labels.shape]}: train and test differ in classes")
+        if not scores.isfinite().all():
+            raise NumericError("scores that are not finite: they cannot be ranked")
         given = scores.numpy()
         made["mAP"].append(np.array([average_precision_score(truth[:, c], given[:, c]) for c in told]))
         made["AUC"].append(np.array([roc_auc_score(truth[:, c], given[:, c]) for c in told]))

@@ -58,6 +58,16 @@ def pictures(count: int, size: tuple[int, int] = (8, 8), classes: int = 2, seed:
     return made
 
 
+def blobs(
+    count: int, classes: int = 4, width: int = 12, seed: int = 0, noise: float = 1.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features about a centre for each class, and labels."""
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    made = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=made)
+    return centres[labels] + noise * torch.randn(count, width, generator=made), labels
+
+
 @pytest.fixture(scope="session")
 def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 grey 8 x 8 images of two classes in three shards."""

@@ -1,0 +1,74 @@
+"""What every probe asks of labels: that they can be scored, and a tenth of train to choose by."""
+
+import torch
+from torch import Tensor
+
+from selfsight import keyed
+from selfsight.errors import UsageError
+
+
+def held_out(size: int, seed: int = 0, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A split of `size` training samples: (nine tenths to fit, one tenth to choose by), sorted indices.
+
+    Args:
+        groups: (N,) patient, slide or scene of each sample, -1 for one of its own; whole groups are held out, so that nothing
+            is chosen by how well a patient is recognised. The tenth is then the least number of groups that has as many.
+
+    Raises:
+        UsageError: all samples are of one group.
+    """
+    units = torch.arange(size)
+    if groups is not None and (groups >= 0).any():
+        units = torch.where(groups >= 0, groups, -1 - units).unique(return_inverse=True)[1]
+    count = int(units.max()) + 1 if size else 0
+    if count == 1 and size > 1:
+        raise UsageError(f"all {size:,} samples are of one group (patient, slide, scene): none can be held out")
+    order = torch.from_numpy(keyed.hashes(seed, "held out", range(count), 1)[:, 0].argsort().copy())
+    sizes = units.bincount(minlength=count)[order]
+    before = sizes.cumsum(0) - sizes
+    held = torch.zeros(count, dtype=torch.bool)
+    held[order[(before < max(1, size // 10)) & (torch.arange(count) < count - 1)]] = True
+    chosen = held[units]
+    return torch.nonzero(~chosen)[:, 0], torch.nonzero(chosen)[:, 0]
+
+
+def check_pairs(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor | None = None) -> None:
+    """Refuse features and labels that do not belong together.
+
+    Raises:
+        UsageError: other numbers of labels than of features, other widths, several labels that are not bool, or an empty set.
+    """
+    for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
+        if not len(features):
+            raise UsageError(f"{name} has no samples")
+        if labels is not None and len(labels) != len(features):
+            raise UsageError(
+                f"{name} has {len(features):,} features and {len(labels):,} labels; there must be one each"
+            )
+        if labels is not None and labels.ndim == 2 and labels.dtype != torch.bool:
+            raise UsageError(
+                f"{name}'s labels are {labels.dtype} {[*labels.shape]}; several labels a sample are bool (N, C)"
+            )
+    if train.shape[1:] != test.shape[1:]:
+        raise UsageError(f"train's features have the shape {[*train.shape[1:]]} and test's {[*test.shape[1:]]}")
+
+
+def dense_labels(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Labels as 0 to C - 1 in the order of train's classes, and C; they may be any integers >= 0 before.
+
+    Raises:
+        UsageError: labels that are no such integers, only one class in train, or classes in test that train lacks.
+    """
+    for name, labels in (("train", train), ("test", test)):
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            raise UsageError(
+                f"{name}'s labels are {labels.dtype} {[*labels.shape]}; one integer a sample is needed here"
+            )
+        if missing := int((labels < 0).sum()):
+            raise UsageError(f"{name}: {missing:,} of {len(labels):,} samples have no label (it is below 0)")
+    classes, dense = train.unique(return_inverse=True)
+    if len(classes) == 1:
+        raise UsageError(f"all {len(train):,} samples of train have the label {int(classes)}; scores need two classes")
+    if unknown := sorted(set(test.tolist()) - set(classes.tolist())):
+        raise UsageError(f"test has {len(unknown)} classes that train lacks: {', '.join(map(str, unknown[:10]))}")
+    return dense, torch.searchsorted(classes, test), len(classes)

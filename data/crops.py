@@ -177,10 +177,9 @@ def resize(pixels: Pixels, height: int, width: int, interpolation: str) -> Pixel
 
 
 def nearest(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Pixels (..., H, W) in another size: of each new pixel the one in which its centre lies, as torch's nearest-exact."""
+    """Pixels (..., H, W) in another size: of each new pixel the one in which its centre lies (torch's nearest-exact, exactly)."""
     rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
-        for new, old in zip((height, width), pixels.shape[-2:], strict=True)
+        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip((height, width), pixels.shape[-2:], strict=True)
     )
     return pixels[..., rows[:, None], columns]
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from selfsight.eval.dense import run_dense
 from selfsight.eval.protocol import run_knn, run_linear
 from selfsight.eval.subject import Run
 
@@ -15,6 +16,8 @@ class Evaluator(NamedTuple):
     """A line for --help."""
     labels: bool = True
     """Whether it needs labels, on both sides."""
+    masks: bool = False
+    """Whether it needs a mask of every image, on both sides, instead of labels."""
     train: bool = True
     """Whether it needs a training set at all."""
     twins: int = 3
@@ -24,5 +27,8 @@ class Evaluator(NamedTuple):
 EVALUATORS: Mapping[str, Evaluator] = {
     "knn": Evaluator(run_knn, "weighted vote of the k nearest neighbours"),
     "linear": Evaluator(run_linear, "softmax regression on frozen features, its rate, decay and pool chosen"),
+    "dense": Evaluator(
+        run_dense, "mIoU of a linear probe on patch tokens; needs masks", labels=False, masks=True, twins=1
+    ),
 }
 DEFAULT = ("knn", "linear")

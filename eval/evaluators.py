@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from selfsight.eval.dense import run_dense
 from selfsight.eval.protocol import run_knn, run_linear
+from selfsight.eval.robust import run_robust
 from selfsight.eval.subject import Run
 
 
@@ -30,5 +31,6 @@ EVALUATORS: Mapping[str, Evaluator] = {
     "dense": Evaluator(
         run_dense, "mIoU of a linear probe on patch tokens; needs masks", labels=False, masks=True, twins=1
     ),
+    "robust": Evaluator(run_robust, "kNN of occluded, permuted, shifted and corrupted test images", twins=1),
 }
 DEFAULT = ("knn", "linear")

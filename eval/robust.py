@@ -24,6 +24,11 @@ SHARES = (0.25, 0.5, 0.75, 0.9)
 GRIDS = (2, 4, 8)
 SHIFTS = (16, 8, 4)  # a sixteenth, an eighth and a quarter of the side
 CLEAN = ("clean", 0.0)
+CORRUPTED = {
+    "noise": ("standard deviation", 0.0),
+    "blur": ("standard deviation, pixels of 224", 0.0),
+    "contrast": ("share of contrast left", 1.0),
+}
 WAYS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 Key = tuple[str, float]
@@ -189,53 +194,59 @@ def _normal(purpose: str, ids: np.ndarray, like: Tensor) -> Tensor:
     return torch.special.ndtri(uniform.clamp(2**-54, 1 - 2**-53)).to(like.dtype).view_as(like)
 
 
-def _outcomes(found: Answers, on: str, encoder: Encoder) -> list[Outcome]:
-    start = found.hits[CLEAN]
+class Row(NamedTuple):
+    """One perturbation's line of the table."""
+
+    metric: str
+    x: str
+    """What its strengths are."""
+    told: str
+    values: Mapping[float, Tensor]
+    """(M,) by strength; nothing, if the images cannot be perturbed so."""
+    at: float | None = None
+    """The strength whose value is the line's; None: the mean over all."""
+    start: float | None = None
+    """The strength that means the clean images."""
+    unit: str = "%"
+
+
+def _rows(found: Answers, encoder: Encoder) -> Iterator[Row]:
+    cut, moved = curve(found.hits, "permutation"), curve(found.same, "shift")
     left = "left out" if leaves_out(encoder, encoder.pool) else "in the mean colour"
-    made = [Outcome((_percent(start),), f"robust: {on}; images as they are", metric="clean", each=start)]
-
-    def add(
-        metric: str, x: str, told: str, curve: Mapping[float, Tensor], at: float | None, begin: float | None
-    ) -> None:
-        """A row: the value at one strength, or the mean over all."""
-        if not values:
-            return
-        each = values[at] if at is not None else torch.stack([*values.values()]).mean(0)
-        points = [[begin, _percent(start)]] if begin is not None else []
-        points += [[strength, _percent(own)] for strength, own in values.items()]
-        detail = {"curve": points, "x": x}
-        made.append(Outcome((_percent(each),), f"robust: {on}; {told}", metric=metric, each=each, detail=detail))
-
     told = f"half of the patches {left}, drawn for each image (Naseer et al. 2021)"
-    add("occlusion 50 %", "share of patches dropped", told, curve(found.hits, "occlusion"), 0.5, 0.0)
-    cut = curve(found.hits, "permutation")
-    middle = min(cut, key=lambda grid: abs(grid - 4), default=4)
-    told = f"{middle:g} x {middle:g} tiles in another order, drawn for each image"
-    add(f"permutation {middle:g}x{middle:g}", "tiles a side", told, cut, middle, 1.0)
-    moved, cosine = curve(found.same, "shift"), curve(found.cosine, "shift")
-    told = "answers that stay the same, mean over shifts of 1/16, 1/8 and 1/4 of the side, borders mirrored"
-    if moved:
-        add("shift, same answer", "shift, share of the side", told, moved, None, None)
-        points = [[strength, own.mean().item()] for strength, own in cosine.items()]
-        told = told.replace("answers that stay the same", "cosine with the unmoved image's feature")
-        values = (torch.stack([*cosine.values()]).mean().item(),)
-        detail = {"curve": points, "x": "shift, share of the side"}
-        made.append(Outcome(values, f"robust: {on}; {told}", metric="shift, cosine", unit="", detail=detail))
-    axes = {
-        "noise": "standard deviation",
-        "blur": "standard deviation, pixels of 224",
-        "contrast": "share of contrast left",
-    }
-    begins = {"noise": 0.0, "blur": 0.0, "contrast": 1.0}
-    for kind, x in axes.items():
+    yield Row("occlusion 50 %", "share of patches dropped", told, curve(found.hits, "occlusion"), 0.5, 0.0)
+    tiles = min(cut, key=lambda grid: abs(grid - 4), default=4)
+    told = f"{tiles:g} x {tiles:g} tiles in another order, drawn for each image"
+    yield Row(f"permutation {tiles:g}x{tiles:g}", "tiles a side", told, cut, tiles, 1.0)
+    told = f"mean over shifts of {', '.join(f'1/{1 / part:g}' for part in moved)} of the side, borders mirrored"
+    x = "shift, share of the side"
+    yield Row("shift, same answer", x, f"answers that stay those to the unmoved image, {told}", moved)
+    told = f"cosine with the unmoved image's feature, {told}"
+    yield Row("shift, cosine", x, told, curve(found.cosine, "shift"), unit="")
+    for kind, (x, start) in CORRUPTED.items():
         told = f"{kind}, mean over the five severities of ImageNet-C ({', '.join(map(str, STRENGTHS[kind]))})"
-        add(kind, x, told, curve(found.hits, kind), None, begins[kind])
-    told = (
-        "one channel " + ("left out" if encoder.config.channel_tokens else "at its mean") + ", mean over the channels"
-    )
-    add("missing channel", "channel", told, curve(found.hits, "missing channel"), None, None)
+        yield Row(kind, x, told, curve(found.hits, kind), None, start)
+    how = "left out" if encoder.config.channel_tokens else "at its mean"
+    told = f"one channel {how}, mean over the channels"
+    yield Row("missing channel", "channel", told, curve(found.hits, "missing channel"))
+
+
+def _outcomes(found: Answers, on: str, encoder: Encoder) -> list[Outcome]:
+    clean = found.hits[CLEAN]
+    told = f"robust: {on}; "
+    made = [Outcome((_mean(clean, "%"),), f"{told}images as they are", metric="clean", each=clean)]
+    for row in _rows(found, encoder):
+        if not row.values:
+            continue
+        each = row.values[row.at] if row.at is not None else torch.stack([*row.values.values()]).mean(0)
+        points = [] if row.start is None else [[row.start, _mean(clean, "%")]]
+        points += [[strength, _mean(values, row.unit)] for strength, values in row.values.items()]
+        values = (_mean(each, row.unit),)
+        shares = each if row.unit == "%" else None  # a cosine is no share
+        detail = {"curve": points, "x": row.x}
+        made.append(Outcome(values, told + row.told, {}, row.metric, row.unit, shares, detail))
     return made
 
 
-def _percent(values: Tensor) -> float:
-    return 100 * values.double().mean().item()
+def _mean(values: Tensor, unit: str) -> float:
+    return (100 if unit == "%" else 1) * values.double().mean().item()

@@ -40,9 +40,11 @@ class OnlineKNN:
             return {}
 
     def __call__(self, encoder: Encoder, device: torch.device) -> dict[str, float]:
-        """knn (percent) and rankme (number of dimensions in use)."""
+        """knn (percent; not where labels are lists) and rankme (number of dimensions in use)."""
         features = extract(encoder, self.shards, device, ids=self.ids, workers=self.workers)
         vectors = features.vectors[encoder.pool]
+        if features.multilabel:
+            return {"rankme": round(rankme(vectors), 2)}
         near = unit(vectors)
         voted = predict(near[self.bank], features.labels[self.bank], near[self.queries], (self.k,))[:, 0]
         hits = (voted == features.labels[self.queries]).double().mean().item()

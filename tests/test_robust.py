@@ -6,7 +6,6 @@ bank asked for itself, answers compared with the truth for "same".
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,9 +105,14 @@ def test_tiles_come_where_the_order_says(planes: tuple[int, ...]) -> None:
     order = torch.tensor([[1, 2, 3, 0], [0, 1, 2, 3]])
     made = permute_patches(images, 2, order)
     assert torch.equal(made[1], images[1])
-    places = [(slice(0, 2), slice(0, 3)), (slice(0, 2), slice(3, 6)), (slice(2, 4), slice(0, 3)), (slice(2, 4), slice(3, 6))]
+    places = [
+        (slice(0, 2), slice(0, 3)),
+        (slice(0, 2), slice(3, 6)),
+        (slice(2, 4), slice(0, 3)),
+        (slice(2, 4), slice(3, 6)),
+    ]
     for to, source in enumerate(order[0].tolist()):
-        assert torch.equal(made[0, ..., *places[to]], images[0, ..., *places[source]])
+        assert torch.equal(made[(0, ..., *places[to])], images[(0, ..., *places[source])])
     assert torch.equal(permute_patches(made, 2, order.argsort(1)), images)
     with pytest.raises(ValueError, match="4 x 6 pixels do not divide into 3 x 3 tiles"):
         permute_patches(images, 3, order)
@@ -131,7 +135,15 @@ def test_a_shift_of_the_whole_image_is_refused() -> None:
 
 
 def built(**changes: Any) -> Encoder:
-    own = {"name": "vit_tiny_patch16_224", "image_size": 8, "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 2}
+    own = {
+        "name": "vit_tiny_patch16_224",
+        "image_size": 8,
+        "channels": 1,
+        "patch": 2,
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+    }
     config = EncoderConfig(**(own | changes))
     return build_encoder(config, preprocessing_of(DataConfig(train="none", mean=None, std=None), config), 0)
 
@@ -296,7 +308,9 @@ def test_who_has_no_images_or_lists_of_labels(halves: tuple[Shards, Shards]) -> 
     assert run_robust(replace(it, encoder=None)) == []
     assert run_robust(replace(it, sets=None)) == []
     lists = it.train._replace(labels=torch.ones(60, 3, dtype=torch.bool))
-    with pytest.raises(UsageError, match="robust: scores one label a sample; lists are for knn, linear, logistic and finetune"):
+    with pytest.raises(
+        UsageError, match="robust: scores one label a sample; lists are for knn, linear, logistic and finetune"
+    ):
         run_robust(replace(it, train=lists))
     unknown = Features(it.test.vectors, it.test.labels + 7, it.test.groups)
     with pytest.raises(UsageError, match="test has 2 classes that train lacks"):

@@ -17,6 +17,7 @@ CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
 """What is left of each pixel's distance from its channel's mean."""
 STRENGTHS = {"noise": NOISE, "blur": BLUR, "contrast": CONTRAST}
 BLUR_SIDE = 224
+BLUR_LEAST = 0.25  # pixels: a neighbour then has exp(-8) of the weight, less than a level of 8 bits
 TRUNCATE = 4.0  # deviations at which the Gaussian ends, as in scipy and scikit-image
 
 
@@ -33,10 +34,20 @@ def corrupt(images: Tensor, kind: str, strength: float, draws: Tensor | None = N
     """
     made = {
         "noise": lambda: images if draws is None else images + strength * draws,
-        "blur": lambda: blurred(images, strength * images.shape[-1] / BLUR_SIDE),
+        "blur": lambda: blurred(images, blur_pixels(strength, images.shape[-1])),
         "contrast": lambda: faded(images, strength),
     }
     return made[kind]().clamp(0, 1)
+
+
+def blur_pixels(strength: float, size: int) -> float:
+    """The deviation in pixels of an image of this size."""
+    return strength * size / BLUR_SIDE
+
+
+def severities(kind: str, size: int) -> list[float]:
+    """The strengths that change an image of this size: a small one is not blurred by all of them."""
+    return [one for one in STRENGTHS[kind] if kind != "blur" or blur_pixels(one, size) >= BLUR_LEAST]
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:

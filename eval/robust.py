@@ -15,7 +15,7 @@ from selfsight.encoder import Encoder, pool_tokens
 from selfsight.errors import UsageError
 from selfsight.eval.features import Extraction, extract, prepared
 from selfsight.eval.knn import TEMPERATURE, dense_labels, knn, predict, unit
-from selfsight.eval.perturb import STRENGTHS, corrupt, kept, occlude, permute_patches, shift
+from selfsight.eval.perturb import corrupt, kept, occlude, permute_patches, severities, shift
 from selfsight.eval.subject import Outcome, Subject
 
 SAMPLES = 2000  # test images, evenly spaced
@@ -145,8 +145,8 @@ def features(encoder: Encoder, images: Tensor, ids: np.ndarray, pool: str) -> It
     pixels = made.pixels(images)
     mean, std = made.statistics(images.device)
     noise = _normal("noise", ids, images)
-    for kind, strengths in STRENGTHS.items():
-        for strength in strengths:
+    for kind in CORRUPTED:
+        for strength in severities(kind, made.image_size):
             yield (kind, strength), embedded((corrupt(pixels, kind, strength, noise) - mean) / std)
     if made.channels > 1:
         for channel in range(made.channels):
@@ -224,8 +224,9 @@ def _rows(found: Answers, encoder: Encoder) -> Iterator[Row]:
     told = f"cosine with the unmoved image's feature, {told}"
     yield Row("shift, cosine", x, told, curve(found.cosine, "shift"), unit="")
     for kind, (x, start) in CORRUPTED.items():
-        told = f"{kind}, mean over the five severities of ImageNet-C ({', '.join(map(str, STRENGTHS[kind]))})"
-        yield Row(kind, x, told, curve(found.hits, kind), None, start)
+        values = curve(found.hits, kind)
+        told = f"{kind}, mean over severities of ImageNet-C ({', '.join(f'{one:g}' for one in values)})"
+        yield Row(kind, x, told, values, None, start)
     how = "left out" if encoder.config.channel_tokens else "at its mean"
     told = f"one channel {how}, mean over the channels"
     yield Row("missing channel", "channel", told, curve(found.hits, "missing channel"))

@@ -19,7 +19,7 @@ from selfsight.data.targets import IGNORED
 from selfsight.errors import DataError, UsageError
 from selfsight.eval.knn import TEMPERATURE, held_out, search, unit
 from selfsight.eval.linear import Standardizer, fit_heads
-from selfsight.eval.masked import Batch, tokens_and_masks
+from selfsight.eval.masked import Batch, need_masks, tokens_and_masks
 from selfsight.eval.subject import Outcome, Subject
 
 HEADS = tuple((rate, decay) for rate in (0.01, 0.1, 1.0) for decay in (0.0, 1e-3))
@@ -216,11 +216,7 @@ def run_dense(subject: Subject) -> list[Outcome]:
     if subject.preprocessing.frames > 1:
         raise UsageError("dense: masks are of plain images; this encoder takes planes (encoder.frames)")
     for shards in subject.sets:
-        if lacking := int((~shards.masks).sum()):
-            raise UsageError(
-                f"{shards.spec}: {lacking:,} of {len(shards):,} samples have no mask, which dense scores need: KEY.mask.png "
-                "beside KEY.jpg, or selfsight shards build FOLDER TARGET --masks FOLDER"
-            )
+        need_masks(shards)
     tokens, masks, ids = _train(subject)
     found = dense((tokens, masks), _batches(subject, 1, np.arange(len(subject.sets[1]))), *_how(subject, ids))
     return _outcomes(found, _protocol(subject, found, len(ids), tokens))

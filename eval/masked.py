@@ -55,6 +55,19 @@ class MaskedCrops(Dataset[Batch]):
         return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
 
 
+def need_masks(shards: Shards) -> None:
+    """Asks, before any image is read, whether every sample has a mask.
+
+    Raises:
+        UsageError: some have none.
+    """
+    if lacking := int((~shards.masks).sum()):
+        raise UsageError(
+            f"{shards.spec}: {lacking:,} of {len(shards):,} samples have no mask, which dense scores need: KEY.mask.png "
+            "beside KEY.jpg, or selfsight shards build FOLDER TARGET --masks FOLDER"
+        )
+
+
 @torch.inference_mode()
 def tokens_and_masks(
     encoder: Encoder | None,

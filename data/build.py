@@ -25,6 +25,7 @@ from selfsight.data.packing import UNCHANGED, Encoding, Sample, write_shards
 from selfsight.data.samples import LISTED, NONE, pair
 from selfsight.data.shards import Shards, find_shards
 from selfsight.data.stats import SUFFIX
+from selfsight.data.targets import SUFFIX as TARGETS
 from selfsight.errors import DataError, StorageError, UsageError
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -181,7 +182,7 @@ def _on_disk(source: str) -> list[Path]:
     paths = [path for path in shards if isinstance(path, Path)]
     if len(paths) < len(shards):
         raise UsageError(f"{source}: is rewritten from a disk only; copy the shards to one first")
-    return [path for path in paths if not path.name.endswith((".idx", SUFFIX))]  # a glob finds them, too
+    return [path for path in paths if not path.name.endswith((".idx", SUFFIX, TARGETS))]  # a glob finds them, too
 
 
 def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:

@@ -266,7 +266,7 @@ def _outcomes(found: DenseResult, protocol: str) -> list[Outcome]:
         value = pixel_accuracy if "accuracy" in metric else mean_iou
         each = torch.stack([iou(table) for table in tables]).mean(0).mul(100).tolist()
         detail: dict[str, Any] = {"classes": list(found.classes), "majority": floor}
-        detail["iou"] = [None if one != one else round(one, 2) for one in each]  # NaN is no JSON
+        detail["each"] = [None if one != one else round(one, 2) for one in each]  # NaN is no JSON
         if len(found.classes) <= CONFUSIONS_MOST:
             detail["confusion"] = tables[0].tolist()
         return Outcome(tuple(100 * value(table) for table in tables), line, chosen, metric, detail=detail)

@@ -320,7 +320,7 @@ def test_an_encoder_and_raw_pixels_of_shards(halves: tuple[Shards, Shards]) -> N
         assert np.trace(linear.detail["confusion"]) / np.sum(linear.detail["confusion"]) == pytest.approx(
             accuracy.values[0] / 100
         )
-        assert np.mean(linear.detail["iou"]) == pytest.approx(np.mean(linear.values), abs=0.01)
+        assert np.mean(linear.detail["each"]) == pytest.approx(np.mean(linear.values), abs=0.01)
         grid = "patch tokens, 4 x 4" if encoder else "raw pixels, 16 x 16"
         for part in (
             grid,

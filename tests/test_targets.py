@@ -118,6 +118,7 @@ def test_a_file_that_is_not_needed_any_more_goes(tmp_path: Path) -> None:
         [("a.cls", b"[0, 3, 1]")],
         [("a.mask.png", png(np.zeros((3, 4), np.uint8)))],
         [("b.cls", b"[1]")],
+        [("a.cls", b"[0]"), ("b.cls", b"[3]")],  # the same labels in the same order
     ],
 )
 def test_the_id_knows_lists_and_masks(tmp_path: Path, other: list[tuple[str, bytes]]) -> None:

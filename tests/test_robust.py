@@ -228,6 +228,20 @@ def test_features_are_of_the_images_that_the_names_say(halves: tuple[Shards, Sha
     assert kinds == {"clean", "occlusion", "permutation", "shift", "missing channel", "noise", "contrast"}
 
 
+def test_what_is_drawn_is_each_samples_own(halves: tuple[Shards, Shards], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = built(drop_path=0.9).train()
+    same = torch.randn(1, 1, 8, 8).expand(6, 1, 8, 8)
+    with torch.no_grad():
+        for key, feature in features(built(), same, np.arange(6), "mean"):
+            drawn = key[0] in {"occlusion", "permutation", "noise"}
+            assert bool((feature[0] - feature[1:]).norm(dim=1).gt(1e-4).all()) == drawn, key
+    whole = run_robust(subject(halves, encoder))
+    monkeypatch.setattr(module, "PART", 4)
+    parts = run_robust(subject(halves, encoder))
+    assert [one.values for one in parts] == [pytest.approx(one.values, abs=1e-4) for one in whole]
+    assert encoder.training  # as it was, and without its dropping meanwhile
+
+
 def test_small_images_are_blurred_by_what_blurs_them(halves: tuple[Shards, Shards]) -> None:
     assert [severities("blur", size) for size in (8, 32, 224)] == [[], [2, 3, 4, 6], [*BLUR]]
     assert severities("noise", 8) == [*NOISE]

@@ -15,15 +15,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from selfsight.data import digits
 from selfsight.data.folders import Reading, read_folder
 from selfsight.data.index import build_index
 from selfsight.data.packing import UNCHANGED, Encoding, Sample, write_shards
-from selfsight.data.samples import NONE, pair
+from selfsight.data.samples import LISTED, NONE, pair
 from selfsight.data.shards import Shards, find_shards
 from selfsight.data.stats import SUFFIX
+from selfsight.data.targets import SUFFIX as TARGETS
 from selfsight.errors import DataError, StorageError, UsageError
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -40,6 +42,7 @@ class Built(NamedTuple):
     classes: int
     groups: int
     bytes: int
+    masks: int = 0
 
 
 def build(
@@ -74,9 +77,11 @@ def build(
         for kind in (kind for kind in names if names[kind]):
             (draft / f"{kind}.json").write_text(json.dumps(names[kind], indent=1))
     shards = Shards(str(target))
-    classes, groups = (len(set(numbers.tolist()) - {NONE}) for numbers in (shards.labels, shards.groups))
+    lists = shards.label_lists()
+    classes = len(set(shards.labels.tolist()) - {NONE}) if lists is None else int(lists.any(0).sum())
+    groups = len(set(shards.groups.tolist()) - {NONE})
     size = sum(path.stat().st_size for path in target.glob("*.tar"))
-    return Built(target, len(shards.paths), len(shards), classes, groups, size)
+    return Built(target, len(shards.paths), len(shards), classes, groups, size, int(shards.masks.sum()))
 
 
 @contextmanager
@@ -121,8 +126,8 @@ def _fill(
         classes, groups, samples = read_folder(Path(source), reading)
         write_shards(samples, draft, prefix, encoding, per_shard)
         return {"classes": classes, "groups": groups}
-    if reading.clips or reading.cut or reading.group_by:
-        raise UsageError(f"{source}: --clips, --tile and --group-by are for a folder of images")
+    if reading.clips or reading.cut or reading.group_by or reading.labels or reading.masks:
+        raise UsageError(f"{source}: --clips, --tile, --group-by, --labels and --masks are for a folder of images")
     if packed or (".tar" in source and not source.startswith("digits:")):
         return _tars(source, draft, reading.unlabelled, encoding, per_shard, prefix)
     if source.startswith("digits:"):
@@ -177,18 +182,22 @@ def _on_disk(source: str) -> list[Path]:
     paths = [path for path in shards if isinstance(path, Path)]
     if len(paths) < len(shards):
         raise UsageError(f"{source}: is rewritten from a disk only; copy the shards to one first")
-    return [path for path in paths if not path.name.endswith((".idx", SUFFIX))]  # a glob finds them, too
+    return [path for path in paths if not path.name.endswith((".idx", SUFFIX, TARGETS))]  # a glob finds them, too
 
 
 def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
     """The samples of shards, to be written in another form."""
     notes = (note for path in shards.paths if isinstance(path, Path) for note in _notes(path))
-    columns = zip(shards.labels, shards.groups, shards.frames, notes, strict=True)
-    for i, (label, group, frames, note) in enumerate(columns):
+    lists = shards.label_lists()
+    columns = zip(shards.labels, shards.groups, shards.frames, shards.masks, notes, strict=True)
+    for i, (label, group, frames, masked, note) in enumerate(columns):
         images: list[Image.Image | bytes] = [*shards.read_images(i)]
         image = images if frames else images[0]
-        known = None if unlabelled or label == NONE else int(label)
-        yield Sample(image, known, None if group == NONE else int(group), note)
+        known: int | list[int] | None = None if unlabelled or label == NONE else int(label)
+        if known == LISTED and lists is not None:
+            known = np.flatnonzero(lists[i]).tolist()
+        mask = shards.read_mask(i) if masked and not unlabelled else None
+        yield Sample(image, known, None if group == NONE else int(group), note, mask)
 
 
 def _notes(path: Path) -> list[bytes | None]:

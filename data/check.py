@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selfsight.console import say, table
-from selfsight.data.decode import open_image, pillow_image
+from selfsight.data.decode import BadSample, open_image, pillow_image
 from selfsight.data.formats import Array, read_array, shape_text, suffix_of
 from selfsight.data.index import Records, label_histogram, read_index, scan
-from selfsight.data.samples import NONE
+from selfsight.data.samples import LISTED, NONE
 from selfsight.data.shards import Shards
 from selfsight.data.stats import HIGH, LOW, Statistics, write_stats
+from selfsight.data.targets import IGNORED, checksum, decode_mask
 from selfsight.errors import DataError
 
 AHEAD = 256  # samples of remote shards that are asked for together
@@ -43,6 +44,7 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
     bad: list[dict[str, str]] = []
     same: defaultdict[bytes, list[int]] = defaultdict(list)
     volume, first, total = 0, 0, Statistics()
+    masked, painted = shards.masks, set[int]()
     measured = _chosen(len(shards), measure)
     for shard, size in enumerate(shards.sizes):
         found = Statistics(of=size)
@@ -57,6 +59,8 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
                 sizes.append((images[0][1].shape[-1], images[0][1].shape[-2]))
                 same[sha256(body).digest()].append(i)
                 volume += len(body)
+                if masked[i]:
+                    painted |= _mask_classes(shards.read_mask(i), images[0][1].shape[-2:])
                 if i in measured:
                     found.add_sample([pixels for _, pixels in images])
             except DataError as error:
@@ -75,8 +79,10 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
         "samples": len(shards),
         "id": shards.id,
         "image_bytes": volume,
-        "unlabelled": int((labels < 0).sum()),
+        "unlabelled": int((labels == NONE).sum()),
         "labels": label_histogram(labels),
+        "lists": _told_lists(shards),
+        "masks": {"samples": int(masked.sum()), "classes": sorted(painted - {IGNORED})},
         "groups": len(set(groups.tolist()) - {NONE}),
         "ungrouped": int((groups == NONE).sum()),
         "kinds": dict(kinds.most_common()),
@@ -86,6 +92,24 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
         "duplicate_groups": [[shards.describe(i) for i in ids] for ids in clones[:20]],
         "bad": bad,
     } | ({"stats": _told(total)} if measure else {})
+
+
+def _mask_classes(body: bytes, size: tuple[int, ...]) -> set[int]:
+    """The values of a mask of an image (H, W)."""
+    mask = decode_mask(body)
+    if mask.shape != size:
+        raise BadSample(f"mask of {mask.shape[1]} x {mask.shape[0]} pixels, of an image of {size[1]} x {size[0]}")
+    return set(np.unique(mask).tolist())
+
+
+def _told_lists(shards: Shards) -> dict[str, Any]:
+    """Of samples whose labels are lists: how many there are, how many have none in it, and how many have each label."""
+    table, listed = shards.label_lists(), shards.labels == LISTED
+    if table is None:
+        return {"samples": 0, "empty": 0, "labels": {}}
+    own = table[listed]
+    counts = {label: count for label, count in enumerate(own.sum(0).tolist()) if count}
+    return {"samples": len(own), "empty": int((~own.any(1)).sum()), "labels": counts}
 
 
 def own_pixels(body: bytes, volumes: bool = False, eight: bool = False) -> tuple[str, Array]:
@@ -116,9 +140,10 @@ def _chosen(samples: int, measure: Measure | None) -> range | set[int]:
 def _stale(shards: Shards) -> list[dict[str, str]]:
     """Shards whose index, by which samples are read, is not what the tar holds now."""
     bad = []
-    for path in shards.paths:
+    for path, crc in zip(shards.paths, shards.targets_crcs, strict=True):
         try:
-            if _same(scan(path, missing="exclude"), read_index(path)):
+            found = scan(path, missing="exclude")
+            if _same(found.records, read_index(path)) and checksum(found.targets) == crc:
                 continue
             reason = f"the index is another tar's; selfsight shards index {path}"
         except DataError as error:
@@ -148,18 +173,21 @@ def _told(found: Statistics) -> dict[str, Any]:
 
 def check_table(found: dict[str, Any]) -> None:
     """Print what `check` found."""
-    labels = found["labels"]
-    shown = ", ".join(f"{label}: {count:,}" for label, count in list(labels.items())[:12]) + (
-        " ..." if len(labels) > 12 else ""
-    )
+    labels, lists, masks = found["labels"], found["lists"], found["masks"]
     side = found["short_side"]
     rows = [
         ["shards", found["shards"]],
         ["samples", f"{found['samples']:,}"],
         ["image bytes", f"{found['image_bytes']:,}"],
         ["data id", found["id"]],
-        ["labels", f"{len(labels)} classes ({shown})" if labels else "none"],
+        ["labels", _told_counts(labels) if labels else "none"],
         ["unlabelled", f"{found['unlabelled']:,}"],
+        *(
+            [["lists of labels", f"{lists['samples']:,}, {lists['empty']:,} empty; {_told_counts(lists['labels'])}"]]
+            if lists["samples"]
+            else []
+        ),
+        *([["masks", f"{masks['samples']:,}; {len(masks['classes'])} classes"]] if masks["samples"] else []),
         ["groups", f"{found['groups']:,}; {found['ungrouped']:,} samples in none" if found["groups"] else "none"],
         ["formats and modes", ", ".join(f"{kind}: {count:,}" for kind, count in found["kinds"].items())],
         ["shorter side, pixels", f"{side['least']} to {side['most']}, median {side['median']:g}"],
@@ -176,6 +204,11 @@ def check_table(found: dict[str, Any]) -> None:
         say(f"bad: {problem['sample']}: {problem['reason']}")
     for group in found["duplicate_groups"][:5]:
         say(f"identical: {', '.join(group[:6])}")
+
+
+def _told_counts(labels: dict[int, int]) -> str:
+    shown = ", ".join(f"{label}: {count:,}" for label, count in list(labels.items())[:12])
+    return f"{len(labels)} classes ({shown}{' ...' if len(labels) > 12 else ''})"
 
 
 def _kind_table(kind: dict[str, Any]) -> None:

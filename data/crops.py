@@ -164,6 +164,8 @@ def resize(pixels: Pixels, height: int, width: int, interpolation: str) -> Pixel
     """Pixels (..., H, W) in another size, antialiased as Pillow does it: 8 bits within a level or so (mean 0.04 on photographs), others in float32."""
     if pixels.shape[-2:] == (height, width):
         return pixels
+    if interpolation == "nearest":  # of masks, whose values are classes
+        return nearest(pixels, height, width)
     pixels_in = pixels if pixels.flags.writeable else pixels.copy(order="K")  # torch wants to own what it reads
     planes = torch.from_numpy(pixels_in if pixels.dtype == np.uint8 else pixels.astype(np.float32))
     lead = pixels.shape[:-2]
@@ -172,6 +174,14 @@ def resize(pixels: Pixels, height: int, width: int, interpolation: str) -> Pixel
     if pixels.dtype == np.uint16:  # bicubic overshoots
         found = np.rint(found).clip(0, 65535).astype(np.uint16)
     return found.reshape(*lead, height, width) if len(lead) != 1 else found
+
+
+def nearest(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Pixels (..., H, W) in another size: of each new pixel the one in which its centre lies (torch's nearest-exact, exactly)."""
+    rows, columns = (
+        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip((height, width), pixels.shape[-2:], strict=True)
+    )
+    return pixels[..., rows[:, None], columns]
 
 
 def _interpolate(planes: Tensor, height: int, width: int, interpolation: str) -> Tensor:

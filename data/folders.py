@@ -1,7 +1,7 @@
 """A folder of images as samples: classes from its folders, groups from names, frames as clips, large images as tiles."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -9,8 +9,10 @@ from typing import NamedTuple
 from selfsight.console import say
 from selfsight.data.decode import open_image
 from selfsight.data.formats import suffix_of
+from selfsight.data.labels import Label, find_masks, read_labels
 from selfsight.data.packing import Sample
 from selfsight.data.samples import IMAGE_SUFFIXES, is_image
+from selfsight.data.targets import decode_mask
 from selfsight.data.tiles import Cut, Left, cut_tiles
 from selfsight.errors import DataError, UsageError
 
@@ -27,6 +29,10 @@ class Reading(NamedTuple):
     """The images of each folder are the frames of one clip, by their names in order."""
     cut: Cut | None = None
     """Tiles to cut images into; without `group_by` the tiles of an image are a group."""
+    labels: Path | None = None
+    """A file of labels, which count instead of class folders: see `labels.read_labels`."""
+    masks: Path | None = None
+    """A folder of masks: see `labels.find_masks`."""
 
 
 class Folder(NamedTuple):
@@ -41,11 +47,15 @@ def read_folder(source: Path, how: Reading) -> Folder:
     """The images below a folder; its subfolders are classes unless images (or clips) lie beside them.
 
     Raises:
-        UsageError: an expression that is none, or clips to be cut into tiles.
-        DataError: no image, or a name that tells no group.
+        UsageError: an expression that is none, clips to be cut into tiles, or masks of either.
+        DataError: no image, a name that tells no group, and labels or masks that are not those of the images.
     """
     if how.clips and how.cut:
         raise UsageError("--clips and --tile: a clip is not cut into tiles")
+    if how.masks and (how.clips or how.cut):
+        raise UsageError("--masks: are of whole images; leave out --clips and --tile")
+    if how.labels and how.unlabelled:
+        raise UsageError("--labels and --unlabelled: one says the contrary of the other")
     files = [path for path in source.rglob("*") if is_image(path.name) and path.is_file()]
     files.sort(key=_by_number if how.clips else None)
     if not files:
@@ -55,10 +65,22 @@ def read_folder(source: Path, how: Reading) -> Folder:
         if how.clips
         else [[path] for path in files]
     )
-    classes, labels = ([], [None] * len(wholes)) if how.unlabelled else _classes(source, wholes, how.clips)
+    classes, labels = _labels(source, wholes, how)
+    names = [frames[0].relative_to(source).as_posix() for frames in wholes]
+    masks = find_masks(how.masks, names) if how.masks else [None] * len(wholes)
     by = how.group_by or ("image" if how.cut else None)
     groups, numbers = _groups(source, wholes, by) if by else ([], [None] * len(wholes))
-    return Folder(classes, groups, _samples(source, wholes, labels, numbers, how))
+    return Folder(classes, groups, _samples(source, wholes, labels, numbers, masks, how))
+
+
+def _labels(source: Path, wholes: list[list[Path]], how: Reading) -> tuple[list[str], Sequence[Label | None]]:
+    """Names of the classes, if they have names, and the label of each whole, if it has one."""
+    if how.unlabelled:
+        return [], [None] * len(wholes)
+    if not how.labels:
+        return _classes(source, wholes, how.clips)
+    names = [(frames[0].parent if how.clips else frames[0]).relative_to(source).as_posix() for frames in wholes]
+    return [], read_labels(how.labels, names)
 
 
 def _by_number(path: Path) -> tuple[Path, list[tuple[int, str]]]:
@@ -67,7 +89,7 @@ def _by_number(path: Path) -> tuple[Path, list[tuple[int, str]]]:
     return path.parent, [(int(word), "") if word.isdecimal() else (-1, word) for word in words]
 
 
-def _classes(source: Path, wholes: list[list[Path]], clips: bool) -> tuple[list[str], list[int | None]]:
+def _classes(source: Path, wholes: list[list[Path]], clips: bool) -> tuple[list[str], Sequence[int | None]]:
     """Names of the classes, and the number of each whole's; none where any lies in `source` itself."""
     places = [(frames[0].parent if clips else frames[0]).relative_to(source).parts for frames in wholes]
     if min(map(len, places)) < 2:
@@ -103,10 +125,15 @@ def _group(path: Path, by: str) -> str:
 
 
 def _samples(
-    source: Path, wholes: list[list[Path]], labels: list[int | None], groups: list[int | None], how: Reading
+    source: Path,
+    wholes: list[list[Path]],
+    labels: Sequence[Label | None],
+    groups: Sequence[int | None],
+    masks: Sequence[Path | None],
+    how: Reading,
 ) -> Iterator[Sample]:
     left = Left()
-    for frames, label, group in zip(wholes, labels, groups, strict=True):
+    for frames, label, group, mask in zip(wholes, labels, groups, masks, strict=True):
         if how.clips:
             yield Sample([_checked(path) for path in frames], label, group)
         elif how.cut:
@@ -114,9 +141,18 @@ def _samples(
             for tile in cut_tiles(frames[0], how.cut, left):
                 yield Sample(tile.image, label, group, {"source": name, "left": tile.left, "top": tile.top})
         else:
-            yield Sample(_checked(frames[0]), label, group)
+            yield Sample(_checked(frames[0]), label, group, mask=_read(mask) if mask else None)
     if how.cut and (told := left.text(how.cut.size)):
         say(f"{source}: {told}; left out")
+
+
+def _read(mask: Path) -> bytes:
+    try:
+        body = mask.read_bytes()
+        decode_mask(body)
+    except (DataError, OSError) as error:
+        raise DataError(f"{mask}: {error}; remove or repair it") from None
+    return body
 
 
 def _checked(path: Path) -> bytes:

@@ -10,12 +10,14 @@ import zlib
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selfsight.console import say
-from selfsight.data.samples import IMAGE_SUFFIXES, NONE, pair, record
+from selfsight.data import targets
+from selfsight.data.samples import IMAGE_SUFFIXES, NONE, pair, record, target
 from selfsight.data.store import Address
 from selfsight.errors import DataError, StorageError
 
@@ -39,11 +41,22 @@ HEADER = np.dtype(
         ("count", "<u4"),
         ("shard_size", "<u8"),
         ("records_crc", "<u4"),
-        ("reserved", "V32"),
+        ("targets_crc", "<u4"),  # of the file of lists and masks (`data.targets`), 0 where there is none
+        ("reserved", "V28"),
         ("header_crc", "<u4"),
     ]
 )
 Records = NDArray[np.void]
+
+
+class Walked(NamedTuple):
+    """What a walk over a tar found."""
+
+    records: Records
+    left: str
+    """What was left out, in words."""
+    targets: bytes
+    """Lists of labels and places of masks, as `targets.pack` has them."""
 
 
 def cache_folder() -> Path:
@@ -66,18 +79,18 @@ def build_index(shard: Path | Address, *, missing: str = "error") -> Records:
         from selfsight.data.remote_index import build_remote_index
 
         return build_remote_index(shard, missing)
-    records, left = _walk(shard, missing)
-    if left:
-        say(f"{shard}: {left}; left out")
-    write_index(index_path(shard), records, shard.stat().st_size)
-    return records
+    found = _walk(shard, missing)
+    if found.left:
+        say(f"{shard}: {found.left}; left out")
+    write_index(index_path(shard), found.records, shard.stat().st_size, found.targets)
+    return found.records
 
 
-def scan(shard: Path | Address, missing: str = "error") -> Records:
+def scan(shard: Path | Address, missing: str = "error") -> Walked:
     """Walk one tar and pair images with labels by WebDataset's keys.
 
     Args:
-        shard: a plain tar of `KEY.jpg`-like images and, if there are labels, `KEY.cls` integers.
+        shard: a plain tar of `KEY.jpg`-like images and, if there are labels, `KEY.cls` integers or lists of them.
         missing: what to do with a key that has no image, or one of zero bytes: "error", or "exclude" it.
 
     Raises:
@@ -87,10 +100,10 @@ def scan(shard: Path | Address, missing: str = "error") -> Records:
         from selfsight.data.remote_index import scan_remote
 
         return scan_remote(shard, missing)
-    return _walk(shard, missing)[0]
+    return _walk(shard, missing)
 
 
-def _walk(shard: Path, missing: str) -> tuple[Records, str]:
+def _walk(shard: Path, missing: str) -> Walked:
     if shard.exists() and not shard.is_file():  # a pipe would be waited on for ever
         raise DataError(f"{shard}: is not a file")
     try:
@@ -102,14 +115,15 @@ def _walk(shard: Path, missing: str) -> tuple[Records, str]:
     return walk(shard, buffer, missing)
 
 
-def walk(shard: Path | Address, buffer: memoryview, missing: str) -> tuple[Records, str]:
-    """The records of a tar whose bytes are `buffer`, and what was left out, in words; see `scan`."""
+def walk(shard: Path | Address, buffer: memoryview, missing: str) -> Walked:
+    """What a tar holds whose bytes are `buffer`; see `scan`."""
     _refuse_compressed(shard, bytes(buffer[:6]))
     samples, left = pair(str(shard), buffer, missing)
     records = np.array([record(str(shard), buffer, key, fields) for key, fields in samples.items()], RECORD)
     if not len(records):
         raise DataError(f"{shard}: holds no image (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return records, left
+    found = [target(str(shard), buffer, key, fields) for key, fields in samples.items()]
+    return Walked(records, left, targets.pack([one for one, _ in found], [mask for _, mask in found]))
 
 
 def read_index(shard: Path | Address) -> Records:
@@ -163,19 +177,44 @@ def read_records(path: Path, shard: Path | Address, size: int) -> Records:
     return records
 
 
-def write_index(path: Path, records: Records, shard_size: int) -> None:
-    """Write the index of a shard of so many bytes, whole or not at all."""
+def targets_crc(path: Path, records_crc: int) -> int:
+    """What an index says of the lists and masks beside it: their CRC-32, 0 where there are none.
+
+    Raises:
+        DataError: it is not the index of these records any more.
+    """
+    try:
+        head = np.fromfile(path, HEADER, 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not head.size or head["header_crc"][0] != _header_crc(head) or head["records_crc"][0] != records_crc:
+        raise DataError(f"{path}: changed while it was read; run the same command again")
+    return int(head["targets_crc"][0])
+
+
+def write_index(path: Path, records: Records, shard_size: int, more: bytes = b"") -> None:
+    """Write the index of a shard of so many bytes, whole or not at all; beside it its lists and masks, if there are any."""
     head = np.zeros(1, HEADER)
     head["magic"], head["version"], head["count"], head["shard_size"] = MAGIC, VERSION, len(records), shard_size
     head["records_crc"] = zlib.crc32(records.tobytes())
+    head["targets_crc"] = targets.checksum(more)
     head["header_crc"] = _header_crc(head)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(path.name.removesuffix(".idx") + targets.SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(head.tobytes() + records.tobytes())
-        temporary.replace(path)
+        if more:
+            _publish(beside, more)
+        _publish(path, head.tobytes() + records.tobytes())
+        if not more:
+            beside.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{path}: the index cannot be written ({error.strerror})") from None
+
+
+def _publish(path: Path, body: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(body)
+    temporary.replace(path)
 
 
 def _header_crc(head: NDArray[np.void]) -> int:
@@ -191,5 +230,5 @@ def _refuse_compressed(shard: Path | Address, start: bytes) -> None:
 
 
 def label_histogram(labels: NDArray[np.int32]) -> dict[int, int]:
-    """How many samples each label has, unlabelled ones left out."""
-    return dict(sorted(Counter(labels[labels != UNLABELLED].tolist()).items()))
+    """How many samples each label has, those without one or with a list left out."""
+    return dict(sorted(Counter(labels[labels >= 0].tolist()).items()))

@@ -6,12 +6,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import webdataset as wds
 from PIL import Image
 
+from selfsight.data.crops import nearest
 from selfsight.data.decode import open_image, pillow_image
 from selfsight.data.formats import suffix_of
 from selfsight.data.index import build_index
+from selfsight.data.targets import decode_mask
 from selfsight.data.tiff import is_plain
 from selfsight.errors import DataError, UsageError
 
@@ -40,15 +43,18 @@ class Sample(NamedTuple):
 
     image: Picture | list[Picture]
     """An image, or the frames of a clip in order."""
-    label: int | None = None
+    label: int | list[int] | None = None
+    """One, or a list of them."""
     group: int | None = None
     """Number of the whole that it is a part of."""
     about: dict[str, Any] | bytes | None = None
     """Stored beside it as JSON; bytes are JSON already."""
+    mask: bytes | None = None
+    """The classes of its pixels, encoded: see `targets.decode_mask`; as large as the image as it is seen."""
 
 
 def write_shards(
-    samples: Iterable[Sample | tuple[Picture, int | None]],
+    samples: Iterable[Sample | tuple[Picture, int | list[int] | None]],
     folder: Path,
     prefix: str,
     encoding: Encoding = UNCHANGED,
@@ -90,7 +96,29 @@ def _members(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
         members["group"] = str(sample.group).encode()
     if sample.about is not None:
         members["json"] = sample.about if isinstance(sample.about, bytes) else json.dumps(sample.about).encode()
+    if sample.mask is not None:
+        members |= _mask(sample.mask, encoding)
     return members
+
+
+def _mask(body: bytes, encoding: Encoding) -> dict[str, bytes]:
+    """The mask's member: as it came, or reduced as its image is, to the nearest pixel's class."""
+    suffix = suffix_of(body) or "png"
+    array = decode_mask(body)
+    height, width = reduced(array.shape[0], array.shape[1], encoding)
+    if (height, width) == array.shape:
+        return {f"mask.{suffix}": body}
+    out = BytesIO()
+    np.save(out, np.ascontiguousarray(nearest(array, height, width).astype(np.uint16)))
+    return {"mask.npy": out.getvalue()}
+
+
+def reduced(height: int, width: int, encoding: Encoding) -> tuple[int, int]:
+    """The size in which an image of this size is stored."""
+    if not encoding.short_side or min(height, width) <= encoding.short_side:
+        return height, width
+    scale = encoding.short_side / min(height, width)
+    return max(encoding.short_side, round(height * scale)), max(encoding.short_side, round(width * scale))
 
 
 def _encode(image: Picture, encoding: Encoding) -> tuple[str, bytes]:
@@ -110,9 +138,8 @@ def _encode(image: Picture, encoding: Encoding) -> tuple[str, bytes]:
         opened = opened or open_image(image)
         stored = _form(opened)
         image = pillow_image(image, "L" if opened.mode in {"1", "L"} or opened.mode.startswith("I;16") else "RGB")
-    if encoding.short_side and min(image.size) > encoding.short_side:
-        scale = encoding.short_side / min(image.size)
-        width, height = (max(encoding.short_side, round(side * scale)) for side in image.size)
+    height, width = reduced(image.height, image.width, encoding)
+    if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     form, out = (encoding.format or stored).upper(), BytesIO()
     image.save(out, form, **({} if form == "PNG" else {"quality": encoding.quality}))

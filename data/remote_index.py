@@ -14,9 +14,10 @@ from typing import TypeVar
 from selfsight.console import say
 from selfsight.data.crew import Crew
 from selfsight.data.disk_cache import disk_cache
-from selfsight.data.index import Records, cache_folder, read_records, walk, write_index
+from selfsight.data.index import Records, Walked, cache_folder, read_records, walk, write_index
 from selfsight.data.remote import IN_FLIGHT, MOST, key_of
 from selfsight.data.store import Address, Changed, Object, Refused, Store, Unfit, open_store, patiently
+from selfsight.data.targets import SUFFIX
 from selfsight.errors import DataError, DataGone, StorageError
 
 PATIENCE = 5.0  # seconds, at the start of a run, where a person waits and an address may be misspelt
@@ -103,13 +104,16 @@ def build_remote_index(address: Address, missing: str) -> Records:
     """Walk a remote shard and keep its index in the cache folder; see `index.scan`."""
     with closing(open_store(address.scheme)) as store:
         seen = _there(store, address)
-        records, left = _walked(store, address, seen, missing)
-    if left:
-        say(f"{address}: {left}; left out")
+        found = _walked(store, address, seen, missing)
+    if found.left:
+        say(f"{address}: {found.left}; left out")
     path = _kept(address, seen)
-    write_index(path, records, seen.size)
-    say(f"{address}: its index is {path}; put beside the shard as {address.name}.idx, it spares everybody the walk")
-    return records
+    write_index(path, found.records, seen.size, found.targets)
+    also = f" (and {path.with_suffix(SUFFIX)} as {address.name}{SUFFIX})" if found.targets else ""
+    say(
+        f"{address}: its index is {path}; put beside the shard as {address.name}.idx{also}, it spares everybody the walk"
+    )
+    return found.records
 
 
 def read_remote_index(address: Address) -> Records:
@@ -118,10 +122,10 @@ def read_remote_index(address: Address) -> Records:
     return read_records(path, address, seen.size)
 
 
-def scan_remote(address: Address, missing: str) -> Records:
-    """The records of a remote shard as it is now; see `index.scan`."""
+def scan_remote(address: Address, missing: str) -> Walked:
+    """What a remote shard holds now; see `index.scan`."""
     with closing(open_store(address.scheme)) as store:
-        return _walked(store, address, _there(store, address), missing)[0]
+        return _walked(store, address, _there(store, address), missing)
 
 
 def _there(store: Store, address: Address) -> Object:
@@ -150,12 +154,12 @@ def _made(store: Store, address: Address, seen: Object) -> Path:
         with _WALKING, _alone(path):
             if not path.exists():  # nor has another process made it meanwhile
                 say(f"{address}: no index beside it; reading it once ({seen.size / 1e6:,.1f} MB)")
-                records, _ = _walked(store, address, seen, "error")
-                write_index(path, records, seen.size)
+                found = _walked(store, address, seen, "error")
+                write_index(path, found.records, seen.size, found.targets)
     return path
 
 
-def _walked(store: Store, address: Address, seen: Object, missing: str) -> tuple[Records, str]:
+def _walked(store: Store, address: Address, seen: Object, missing: str) -> Walked:
     """Walk a copy of the object, in a file that has no name and goes with this process."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Samples of a tar: which members belong together, which of them are images, and the record of each in the index.
 
 WebDataset's rule: the key ends at the basename's first dot, the rest is the field. A sample has one image
-(`KEY.jpg`), or is a clip of numbered frames (`KEY.000.jpg`, `KEY.001.jpg`, ...), and may have a label (`KEY.cls`) and
-the number of the patient, slide or scene that it is a part of (`KEY.group`).
+(`KEY.jpg`), or is a clip of numbered frames (`KEY.000.jpg`, `KEY.001.jpg`, ...), and may have a label (`KEY.cls`), which
+may be a list of them, a mask (`KEY.mask.png`), and the number of the patient, slide or scene that it is a part of
+(`KEY.group`).
 """
 
 import re
@@ -11,12 +12,15 @@ from hashlib import blake2b
 
 from selfsight.data.decode import BadSample
 from selfsight.data.tar import Member, members
+from selfsight.data.targets import LIST_MOST, NO_MASK, parse_list
 from selfsight.errors import DataError
 
 NONE = -1  # the label or group of a sample that has none
+LISTED = -2  # the label of a sample whose labels are a list, which stands beside the index
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "pbm", "tif", "tiff", "gif", "npy", "dcm", "nii", "nii.gz"}
 )
+MASK_SUFFIXES = ("png", "tif", "tiff", "npy")  # lossless
 _ENDS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 _FRAME = re.compile(r"\d{1,9}\.([^.]+|nii\.gz)")
 
@@ -74,7 +78,8 @@ def record(shard: str, buffer: memoryview, key: str, fields: Fields) -> Row:
         start, end = min(image.start for image in images), max(image.offset + image.size for image in images)
     if end - start >= 2**32:
         raise DataError(f"{shard}: sample {key!r} has {end - start:,} bytes; at most 4 GiB are read at once")
-    label, group = (_integer(shard, buffer, key, fields, field) for field in ("cls", "group"))
+    label = LISTED if _is_list(buffer, fields) else _integer(shard, buffer, key, fields, "cls")
+    group = _integer(shard, buffer, key, fields, "group")
     body = buffer[start:end]
     return start, end - start, zlib.crc32(body), label, group, frames, fingerprint(body)
 
@@ -83,6 +88,29 @@ def fingerprint(body: memoryview) -> int:
     """32 bits that tell contents apart. The CRC has only 16 that do so for PNGs of one size, which end with CRCs of their own:
     it finds damage all the same, but of the 50,000 images of CIFAR-10 15,000 share one with another."""
     return int.from_bytes(blake2b(body, digest_size=4).digest(), "little") or 1  # 0: an index from before there was one
+
+
+def target(shard: str, buffer: memoryview, key: str, fields: Fields) -> tuple[list[int] | None, tuple[int, int, int]]:
+    """The list of labels of a sample, None where it has none; and offset, size and CRC-32 of its mask.
+
+    Raises:
+        DataError: a list that is none, or several masks, or one of a kind that changes values.
+    """
+    labels = None
+    if _is_list(buffer, fields):
+        cls = fields["cls"]
+        text = bytes(buffer[cls.offset : cls.offset + min(cls.size, LIST_MOST + 1)])
+        labels = parse_list(text, f"{shard}: sample {key!r}")
+    masks = [member for field, member in fields.items() if _is_mask(field)]
+    if not masks:
+        return labels, NO_MASK
+    if len(masks) > 1 or not masks[0].name.lower().endswith(tuple(f".{suffix}" for suffix in MASK_SUFFIXES)):
+        names = ", ".join(mask.name for mask in masks[:4])
+        raise DataError(f"{shard}: sample {key!r} has {names}; a mask is one file of {', '.join(MASK_SUFFIXES)}")
+    _, offset, size, _ = masks[0]
+    if size >= 2**32:
+        raise DataError(f"{shard}: the mask of sample {key!r} has {size:,} bytes; less than 4 GiB are read")
+    return labels, (offset, size, zlib.crc32(buffer[offset : offset + size]))
 
 
 def split_clip(span: bytes, frames: int) -> list[bytes]:
@@ -105,7 +133,7 @@ def split_clip(span: bytes, frames: int) -> list[bytes]:
 
 def _in_order(shard: str, key: str, fields: Fields) -> list[Member]:
     """The images of a clip by their numbers."""
-    images = {field: member for field, member in fields.items() if is_image("." + field)}
+    images = {field: member for field, member in fields.items() if _is_image(field)}
     numbers = [int(field.partition(".")[0]) for field in images if _FRAME.fullmatch(field)]
     if len(set(numbers)) < len(images):
         raise DataError(
@@ -119,11 +147,28 @@ def _lack(fields: Fields) -> str:
     images = _images(fields)
     if not images:
         return "no image"
-    return "" if all(image.size for image in images) else "an image of zero bytes"
+    if not all(image.size for image in images):
+        return "an image of zero bytes"
+    return "" if all(member.size for field, member in fields.items() if _is_mask(field)) else "a mask of zero bytes"
 
 
 def _images(fields: Fields) -> list[Member]:
-    return [member for field, member in fields.items() if is_image("." + field)]
+    return [member for field, member in fields.items() if _is_image(field)]
+
+
+def _is_image(field: str) -> bool:
+    return is_image("." + field) and not _is_mask(field)
+
+
+def _is_mask(field: str) -> bool:
+    return field.startswith("mask.") and is_image("." + field)
+
+
+def _is_list(buffer: memoryview, fields: Fields) -> bool:
+    if "cls" not in fields:
+        return False
+    _, start, length, _ = fields["cls"]
+    return bytes(buffer[start : start + min(length, 32)]).lstrip().startswith(b"[")
 
 
 def _integer(shard: str, buffer: memoryview, key: str, fields: Fields, field: str) -> int:
@@ -133,5 +178,6 @@ def _integer(shard: str, buffer: memoryview, key: str, fields: Fields, field: st
     text = bytes(buffer[start : start + min(length, 32)]).strip()
     if not text.isdigit() or int(text) >= 2**31:
         what = {"cls": "label"}.get(field, field)
-        raise DataError(f"{shard}: {what} {text!r} of sample {key!r} is not an integer of 0 or more")
+        also = ", nor a list of them" if field == "cls" else ""
+        raise DataError(f"{shard}: {what} {text!r} of sample {key!r} is not an integer of 0 or more{also}")
     return int(text)

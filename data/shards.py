@@ -16,14 +16,16 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from selfsight.data import targets
 from selfsight.data.decode import BadSample
-from selfsight.data.index import Records, index_path, read_index, read_records
+from selfsight.data.index import Records, index_path, read_index, read_records, targets_crc
 from selfsight.data.order import Ids, sample_ids
 from selfsight.data.remote import RemoteReader, ShardChanged, Span, Want, changed
 from selfsight.data.remote_index import copies_beside, local_index, looked_at
-from selfsight.data.samples import split_clip
+from selfsight.data.samples import LISTED, split_clip
 from selfsight.data.spec import find_shards
 from selfsight.data.store import Address, Object, open_store
+from selfsight.data.targets import Targets
 from selfsight.errors import DataGone
 
 OPEN_FILES = 128  # per process, well under the usual limit of 1,024
@@ -57,6 +59,9 @@ class Shards:
         self._seen = [far[path][0] if isinstance(path, Address) else _identity(os.stat(path)) for path in self.paths]
         self._loaded: list[Records] | None = [self._read_index(shard) for shard in range(len(self.paths))]
         self._checksums = [_checksum(records) for records in self._loaded]
+        indexes = [index or index_path(_local(path)) for path, index in zip(self.paths, self._indexes, strict=True)]
+        self.targets_crcs = [targets_crc(*one) for one in zip(indexes, self._checksums, strict=True)]
+        self._targets: list[Targets | None] | None = None
         self._starts = [0, *accumulate(map(len, self._records))]
         self._files: OrderedDict[int, int] = OrderedDict()
         self._reader: RemoteReader | None = None
@@ -128,8 +133,64 @@ class Shards:
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """Label of every sample (N,), -1 where there is none."""
+        """Label of every sample (N,), -1 where there is none, -2 where there is a list: see `label_lists`."""
         return np.concatenate([records["label"] for records in self._records]).astype(np.int32)
+
+    def label_lists(self) -> NDArray[np.bool_] | None:
+        """Which sample has which label, (N, C) with C - 1 the largest; None where no sample has a list.
+
+        A single label counts as a list of one, none as an empty one; `labels` tells them apart.
+
+        Raises:
+            DataError: lists that are missing or damaged, or a table of more than 8 GiB.
+        """
+        if not (self.labels == LISTED).any():
+            return None
+        return targets.table([(own["label"], more) for own, more in zip(self._records, self._more, strict=True)])
+
+    @property
+    def masks(self) -> NDArray[np.bool_]:
+        """Whether every sample has a mask (N,)."""
+        sizes = [
+            more.masks["size"] if more and len(more.masks) else np.zeros(size, np.uint32)
+            for size, more in zip(self.sizes, self._more, strict=True)
+        ]
+        return np.concatenate(sizes) > 0
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether all samples have a mask."""
+        return bool(self.masks.all())
+
+    def read_mask(self, sample: int) -> bytes:
+        """The encoded mask of one sample; raises as `read`.
+
+        Raises:
+            BadSample: it has none, or other bytes than those that were indexed.
+        """
+        shard, _ = self._locate(sample)
+        more = self._more[shard]
+        if more is None or not len(more.masks) or not more.masks[place := sample - self._starts[shard]]["size"]:
+            raise BadSample(f"{self.describe(sample)}: has no mask")
+        offset, size, crc = more.masks[place].item()
+        return self._bytes(sample, Want(shard, offset, size, crc))
+
+    @property
+    def _more(self) -> list[Targets | None]:
+        """Lists and masks of each shard, read when they are first asked for; None where a shard has neither."""
+        if self._targets is None:
+            self._targets = [self._read_targets(shard) for shard in range(len(self.paths))]
+        return self._targets
+
+    def _read_targets(self, shard: int) -> Targets | None:
+        path, seen, crc = self.paths[shard], self._seen[shard], self.targets_crcs[shard]
+        if not crc:
+            return None
+        file = self.beside(shard, targets.SUFFIX)
+        if isinstance(path, Address) and not file.is_file():
+            file = (copies_beside([path], targets.SUFFIX) or [file])[0]
+        size = seen.size if isinstance(seen, Object) else seen[0]
+        return targets.read_targets(file, str(path), self.sizes[shard], size, crc)
 
     @property
     def fingerprinted(self) -> bool:
@@ -155,11 +216,14 @@ class Shards:
 
     @property
     def id(self) -> str:
-        """A short hash of what the samples are: their sizes, checksums and labels in order; not where they lie."""
+        """A short hash of what the samples are: their sizes, checksums, labels and masks in order; not where they lie."""
         digest = sha256()
-        for records in self._records:
+        for records, more in zip(self._records, self._more, strict=True):
             for field in ("size", "crc", "label"):
                 digest.update(np.ascontiguousarray(records[field]).tobytes())
+            if more:
+                for column in (more.starts, more.labels, more.masks["size"], more.masks["crc"]):
+                    digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -175,6 +239,8 @@ class Shards:
         """The sample so many places after this one, else before it, that lies in its shard and has its label; else itself."""
         shard, record = self._locate(sample)
         records, place = self._records[shard], sample - self._starts[shard]
+        if record["label"] == LISTED:  # whose list is the same, the index does not know
+            return sample
         for other in (place + shift, place - shift):
             if 0 <= other < len(records) and records[other]["label"] == record["label"]:
                 return self._starts[shard] + other
@@ -195,8 +261,12 @@ class Shards:
         """
         shard, record = self._locate(sample)
         offset, size, crc, *_ = record.item()  # one conversion: this is done for every image
+        return self._bytes(sample, Want(shard, offset, size, crc))
+
+    def _bytes(self, sample: int, want: Want) -> bytes:
+        shard, offset, size, crc = want
         if self._indexes[shard]:
-            return self._far.sample(Want(shard, offset, size, crc))
+            return self._far.sample(want)
         for _ in range(2):  # a second read tells a passing fault from a lasting one
             try:
                 body = self._pread(shard, size, offset)
@@ -317,7 +387,7 @@ class Shards:
             self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": OrderedDict(), "_loaded": None, "_reader": None}
+        return self.__dict__ | {"_files": OrderedDict(), "_loaded": None, "_reader": None, "_targets": None}
 
 
 def _checksum(records: Records) -> int:

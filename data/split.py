@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from selfsight import keyed
 from selfsight.data.build import drafted, names_beside
-from selfsight.data.index import Records, build_index, read_index
-from selfsight.data.samples import NONE, pair
+from selfsight.data.index import build_index, read_index
+from selfsight.data.samples import LISTED, NONE, pair
 from selfsight.data.shards import Shards
 from selfsight.data.spec import find_shards
 from selfsight.data.tar import BLOCK
@@ -30,6 +30,9 @@ class Halves(NamedTuple):
 
     samples: int
     groups: int
+    lists: int = 0
+    """Samples whose labels are a list."""
+    masks: int = 0
 
 
 def in_test(groups: NDArray[np.int32], share: float, seed: int, names: Sequence[str] = ()) -> NDArray[np.bool_]:
@@ -113,9 +116,11 @@ def _finished(folder: Path, beside: dict[str, list[str]]) -> Halves:
     """Add names and indexes, and count what they hold."""
     for kind, names in beside.items():
         (folder / f"{kind}.json").write_text(json.dumps(names, indent=1))
-    made: list[Records] = [build_index(path) for path in sorted(folder.glob("*.tar"))]
-    groups = np.concatenate([records["group"] for records in made])
-    return Halves(len(groups), len(set(groups.tolist())))
+    for path in sorted(folder.glob("*.tar")):
+        build_index(path)
+    made = Shards(str(folder))
+    groups = len(set(made.groups.tolist()))
+    return Halves(len(made), groups, int((made.labels == LISTED).sum()), int(made.masks.sum()))
 
 
 def _copy(path: Path, train: Path, test: Path, share: float, seed: int, names: Sequence[str]) -> None:

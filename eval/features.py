@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from selfsight.data.crops import resize_and_crop
@@ -16,6 +17,7 @@ from selfsight.data.loader import loader
 from selfsight.data.mixture import Samples
 from selfsight.data.picture import Picture
 from selfsight.data.placer import normalize, unit
+from selfsight.data.samples import LISTED, NONE
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import DataError, NumericError, UsageError
@@ -105,26 +107,55 @@ class CentralCrops(Dataset[Tensor]):
 
 
 def labels_of(shards: Shards, ids: np.ndarray) -> Tensor:
-    """Labels of samples, all there and of at least two classes.
+    """Labels of samples, all there and of at least two classes: (N,) int64, or (N, C) bool where they are lists.
 
     Raises:
-        UsageError: unlabelled samples, or one class only.
+        UsageError: samples without a label, single labels beside lists, or all alike.
     """
     labels = shards.labels[ids].astype(np.int64)
-    if (labels < 0).any():
+    lacking, listed = int((labels == NONE).sum()), int((labels == LISTED).sum())
+    if lacking:
         raise UsageError(
-            f"{shards.spec}: {int((labels < 0).sum()):,} of {len(labels):,} samples have no label; scores need labels"
+            f"{shards.spec}: {lacking:,} of {len(labels):,} samples have no label; scores need labels"
+            f"{' (of a list that is empty: KEY.cls with [])' * (listed > 0)}"
         )
-    if len(np.unique(labels)) < 2:
+    if 0 < listed < len(labels):
         raise UsageError(
-            f"{shards.spec}: all {len(labels):,} samples have the label {labels[0]}; scores need two classes"
+            f"{shards.spec}: {listed:,} of {len(labels):,} samples have a list of labels, the others a single one; make "
+            "them all the same ([3] for 3)"
         )
-    return torch.from_numpy(labels)
+    targets = targets_of(shards, ids)
+    if len(targets) and bool((targets == targets[:1]).all()):
+        told = f"the labels {targets[0].nonzero().flatten().tolist()}" if listed else f"the label {labels[0]}"
+        raise UsageError(f"{shards.spec}: all {len(labels):,} samples have {told}; scores need two classes")
+    return targets
 
 
 def targets_of(shards: Shards, ids: np.ndarray) -> Tensor:
-    """Labels of samples as they are: (N,) int64, -1 where there is none."""
-    return torch.from_numpy(shards.labels[ids].astype(np.int64))
+    """Labels of samples as they are: (N,) int64, -1 where there is none; or (N, C) bool where any of the set's is a list.
+
+    C - 1 is the largest label of the whole set: two sets may differ in it, see `same_classes`.
+    """
+    lists = shards.label_lists()
+    return torch.from_numpy(shards.labels[ids].astype(np.int64) if lists is None else lists[ids])
+
+
+def same_classes(fit: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of train and test as an evaluator wants them: lists (N, C) and (M, C) of the same classes; single ones as they are.
+
+    Raises:
+        UsageError: lists on one side only, or lists of test with classes that none of train has.
+    """
+    if fit.ndim != held.ndim:
+        sides = ("single labels", "lists of labels")
+        raise UsageError(f"train has {sides[fit.ndim - 1]}, test has {sides[held.ndim - 1]}: pack both the same way")
+    if fit.ndim == 1:
+        return fit, held
+    wide = max(fit.shape[1], held.shape[1])
+    fit, held = (F.pad(labels, (0, wide - labels.shape[1])) for labels in (fit, held))
+    if unknown := (held.any(0) & ~fit.any(0)).nonzero().flatten().tolist():
+        raise UsageError(f"test has {len(unknown)} classes that train lacks: {', '.join(map(str, unknown[:10]))}")
+    return fit, held
 
 
 def groups_of(shards: Shards, ids: np.ndarray) -> Tensor:

@@ -57,9 +57,11 @@ class OnlineKNN(Online):
         self.k, self.workers = min(usable_k(config.k, len(self.bank))), workers
 
     def __call__(self, encoder: Encoder, device: torch.device) -> dict[str, float]:
-        """knn (percent), and as `healthy`."""
+        """knn (percent; not where labels are lists), and as `healthy`."""
         features = extract(encoder, self.shards, device, ids=self.ids, workers=self.workers)
         vectors = features.vectors[encoder.pool]
+        if features.multilabel:
+            return healthy(vectors)
         near = unit(vectors)
         voted = predict(near[self.bank], features.labels[self.bank], near[self.queries], (self.k,))[:, 0]
         hits = (voted == features.labels[self.queries]).double().mean().item()
@@ -93,7 +95,5 @@ def healthy(vectors: Tensor) -> dict[str, float]:
 
     What cannot be told, of few samples or of features that are not finite, is left out.
     """
-    found = {"rankme": round(health.rankme(vectors), 2)}
-    if alpha_req := getattr(health, "alpha_req", None):
-        found["alpha"] = round(alpha_req(vectors), 3)
+    found = {"rankme": round(health.rankme(vectors), 2), "alpha": round(health.alpha_req(vectors), 3)}
     return {name: value for name, value in found.items() if isfinite(value)}

@@ -201,6 +201,15 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--split", default="train", help="its split (default: train)")
     one.add_argument("--download", action="store_true", help="let torchvision fetch it")
     one.add_argument("--unlabelled", action="store_true", help="ignore class folders and labels")
+    one.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help=".csv (path,label) or .json ({path: label}) instead of class folders; a label is 3, or a list as 0;3;7",
+    )
+    one.add_argument(
+        "--masks", type=Path, metavar="FOLDER", help="masks of the images (.png, .tif, .npy), by their relative paths"
+    )
     one.add_argument("--short-side", type=_count, metavar="PIXELS", help="reduce larger images to this shorter side")
     one.add_argument("--format", choices=["jpeg", "png", "webp"], help="store all images so (default: as they are)")
     one.add_argument("--quality", type=_count, default=92, help="of JPEG and WebP, 1-100 (default: 92)")
@@ -480,14 +489,15 @@ def _build(options: argparse.Namespace) -> int:
         root=options.root,
         split=options.split,
         download=options.download,
-        reading=Reading(options.unlabelled, options.group_by, options.clips, cut),
+        reading=Reading(options.unlabelled, options.group_by, options.clips, cut, options.labels, options.masks),
         encoding=Encoding(options.short_side, options.format, options.quality),
         per_shard=options.per_shard,
     )
     classes = f"{built.classes} classes" if built.classes else "no labels"
     groups = f", {built.groups:,} groups" if built.groups else ""
+    masks = f", {built.masks:,} masks" if built.masks else ""
     print(
-        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}{groups}, "
+        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}{groups}{masks}, "
         f"{built.bytes / 2**20:,.1f} MiB"
     )
     return 0
@@ -542,7 +552,9 @@ def _split(options: argparse.Namespace) -> int:
 
     halves = split(options.spec, options.train, options.test_folder, options.test, options.seed)
     for folder, half in zip((options.train, options.test_folder), halves, strict=True):
-        print(f"{folder}: {half.samples:,} samples of {half.groups:,} groups")
+        lists = f", {half.lists:,} lists of labels" if half.lists else ""
+        masks = f", {half.masks:,} masks" if half.masks else ""
+        print(f"{folder}: {half.samples:,} samples of {half.groups:,} groups{lists}{masks}")
     return 0
 
 

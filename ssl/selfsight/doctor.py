@@ -30,6 +30,7 @@ from selfsight.data.mixture import Mixture
 from selfsight.data.picture import Picture
 from selfsight.data.pixel_cache import LARGEST_SIDE
 from selfsight.data.placer import normalize
+from selfsight.data.samples import LISTED
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError, StorageError
 from selfsight.optim import set_rates
@@ -92,7 +93,8 @@ def of_index(parts: Parts) -> Iterator[Finding]:
         yield Finding("ok" if taken > 1 else "note", "clips", told)
     kinds = np.unique(labels[labels >= 0])
     shown = f"{len(samples):,} samples in {sum(len(own.paths) for own in sets):,} shards, data id {samples.id}"
-    yield Finding("ok", "data", f"{shown}, {f'{len(kinds)} labels' if len(kinds) else 'no labels'}")
+    told = f"{len(kinds)} labels" if len(kinds) else "lists of labels" if (labels == LISTED).any() else "no labels"
+    yield Finding("ok", "data", f"{shown}, {told}")
     if 1 < len(kinds) < len(samples) / 4 and (runs := 1 + int((np.diff(labels) != 0).sum())) < 4 * len(kinds):
         block = parts.recipe.data.block
         told = f"samples lie sorted by label ({runs} runs of {len(kinds)} labels)"

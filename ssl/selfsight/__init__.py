@@ -5,6 +5,7 @@ encoder = ss.load_encoder("runs/digits/encoder")
 features = encoder.embed(images)                      # (B, D)
 ss.pretrain("recipes/digits/mae.yaml", {"train.epochs": 10})
 ss.evaluate("runs/digits/encoder", train="digits:train", test="digits:test")
+ss.export(encoder, "exported", to="onnx")
 """
 
 import os
@@ -24,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if TYPE_CHECKING:
     from selfsight.encoder import Encoder
     from selfsight.eval.evaluate import evaluate
-    from selfsight.export import load_encoder
+    from selfsight.export import export, load_encoder
     from selfsight.recipe import Recipe
     from selfsight.train import pretrain
 
@@ -33,10 +34,11 @@ _HOMES = {
     "Encoder": "selfsight.encoder",
     "Recipe": "selfsight.recipe",
     "evaluate": "selfsight.eval.evaluate",
+    "export": "selfsight.export",
     "load_encoder": "selfsight.export",
     "pretrain": "selfsight.train",
 }
-__all__ = ["Encoder", "Recipe", "evaluate", "load_encoder", "pretrain"]
+__all__ = ["Encoder", "Recipe", "evaluate", "export", "load_encoder", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

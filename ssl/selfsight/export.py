@@ -5,7 +5,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,14 +62,16 @@ def export(
     draft = folder.with_name(f".draft-{folder.name}")
     with _resting(encoder):
         FORMATS[to].require(encoder)
-        given, lost = _rounded(encoder, half) if half else (encoder, 0.0)
+        if half:
+            _refuse_overflow(encoder, half)
         try:
             _put_back(folder)
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            ours = _write(given, draft, provenance or {}, to, half)
-            difference = verify_export(given, draft)
-            write_card(draft, given, ours, FORMATS[to].code(given), facts or Facts())
+            ours = _write(encoder, draft, provenance or {}, to, half)
+            stored = load_encoder(draft) if half else encoder
+            difference = verify_export(stored, draft) + (_lost(encoder, stored, half) if half else 0.0)
+            write_card(draft, encoder, ours, FORMATS[to].code(encoder), facts or Facts())
             seal(draft)
             _replace(folder, draft)
         except (OSError, SafetensorError) as error:
@@ -78,7 +79,13 @@ def export(
             raise StorageError(f"{folder}: the export could not be written ({reason})") from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    return difference + lost
+    return difference
+
+
+def write_card_again(encoder: Encoder, folder: Path, facts: Facts) -> None:
+    """The card of a finished export of this encoder once more, with what has become known since, such as its scores."""
+    ours = read_config(folder)["selfsight"]
+    write_card(folder, encoder, ours, FORMATS[ours["format"]].code(encoder), facts)
 
 
 def _require(to: str, half: str | None) -> None:
@@ -101,28 +108,22 @@ def _resting(encoder: Encoder) -> Iterator[None]:
         encoder.to(live).train(training)
 
 
-def _rounded(encoder: Encoder, half: str) -> tuple[Encoder, float]:
-    """The encoder with weights as 16 bits hold them, in fp32 again, and how far a feature moves by it.
+def _refuse_overflow(encoder: Encoder, half: str) -> None:
+    for name, tensor in encoder.state_dict().items():
+        if tensor.is_floating_point() and not tensor.to(HALVES[half]).isfinite().all():
+            largest = tensor.abs().max().item()
+            raise NumericError(f"export: {name} has {largest:.3g}, which {half} cannot hold; use bf16 or fp32")
 
-    Raises:
-        NumericError: a weight that overflows, or features that move too far.
-    """
-    made, dtype = deepcopy(encoder), HALVES[half]
-    for name, tensor in made.state_dict().items():
-        if tensor.is_floating_point():
-            kept = tensor.to(dtype)
-            if not kept.isfinite().all():
-                largest = tensor.abs().max().item()
-                raise NumericError(f"export: {name} has {largest:.3g}, which {half} cannot hold; use bf16 or fp32")
-            tensor.copy_(kept)
-    images = torch.randn(8, *encoder.preprocessing.shape, generator=torch.Generator().manual_seed(0))
-    ours, theirs = encoder.embed(images), made.embed(images)
+
+def _lost(encoder: Encoder, stored: Encoder, half: str) -> float:
+    """How far a feature moves by rounding the weights; raises NumericError where it is too far."""
+    images = clean.batches_of(encoder.preprocessing.shape, (8,))["8"]
+    ours, theirs = encoder.embed(images), stored.embed(images)
     lost, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
     if not lost <= HALF_TOLERANCE[half] * largest:
-        raise NumericError(
-            f"export: weights in {half} move features by {lost:.2g} of {largest:.2g}; {HALF_TOLERANCE[half]:.0%} may be lost"
-        )
-    return made, lost
+        limit = f"{HALF_TOLERANCE[half]:.0%} may be lost"
+        raise NumericError(f"export: weights in {half} move features by {lost:.2g} of {largest:.2g}; {limit}")
+    return lost
 
 
 def _write(

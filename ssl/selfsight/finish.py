@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from selfsight import __version__, checkpoint, console
-from selfsight.assemble import Parts, assemble
+from selfsight.assemble import Parts, assemble, libraries
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import evaluate
-from selfsight.export import export, load_encoder, timm_line
+from selfsight.export import export, load_encoder, timm_line, write_card_again
+from selfsight.exports.card import facts_of, hardware_of
 from selfsight.faults import faultpoint
 from selfsight.quarantine import replaced
 from selfsight.recipe import load
@@ -35,6 +36,8 @@ def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
         "steps": parts.steps,
         "data": parts.shards.id,
         "recipe": recipe.model_dump(mode="json"),
+        "hardware": hardware_of(device),
+        "libraries": libraries(),
     }
     difference = export(parts.scored, folder / "encoder", provenance)
     console.say(f"exported to {folder / 'encoder'}; timm's features differ by {difference:.1e} at most")
@@ -53,6 +56,8 @@ def finish(parts: Parts, device: torch.device, workers: int) -> dict[str, Any]:
     if told := replaced(folder):
         console.say(f"warning: {told} ({folder / 'quarantine.jsonl'})")
     write_report(parts, scores["scores"], device)
+    facts = facts_of(folder)._replace(scores=tuple(scores["scores"]))
+    write_card_again(parts.scored, folder / "encoder", facts)
     write_atomically(scores_file, json.dumps(scores, indent=1))
     console.say(f"report: {folder / 'report.html'}\nload it: {timm_line(folder / 'encoder')}")
     return scores

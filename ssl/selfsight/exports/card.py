@@ -1,11 +1,13 @@
 """README.md of an export: what it is, how it was made and scored, how to load it. It tells what is recorded, and nothing else."""
 
 import json
+import platform
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import torch
 import yaml
 
 from selfsight import __version__
@@ -30,6 +32,11 @@ class Facts(NamedTuple):
     """That the training took, without pauses between its parts."""
     notes: tuple[str, ...] = ()
     """What was done to the weights on the way here, line by line."""
+
+
+def hardware_of(device: torch.device) -> str:
+    """What computed: the GPU, or the kind of CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def license_of(text: str) -> str:

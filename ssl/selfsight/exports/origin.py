@@ -24,7 +24,13 @@ def provenance_of(source: str, from_checkpoint: bool = False) -> dict[str, Any]:
     Args:
         from_checkpoint: of a run's newest checkpoint, and not of the encoder that it exported.
     """
-    path = Path(source)
+    try:
+        return _recorded(Path(source), from_checkpoint)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # what is wrong with it, loading says better
+
+
+def _recorded(path: Path, from_checkpoint: bool) -> dict[str, Any]:
     folder = path / "encoder" if is_file(path / "encoder" / "config.json") else path
     if is_file(folder / "config.json") and not from_checkpoint:
         ours = read_config(folder).get("selfsight")

@@ -249,10 +249,11 @@ def target_of(encoder: Encoder) -> Any:
 
 
 def _require(encoder: Encoder) -> None:
+    config = target_of(encoder)
     from transformers import AutoModel
 
     with torch.device("meta"):
-        wanted = AutoModel.from_config(target_of(encoder)).state_dict()
+        wanted = AutoModel.from_config(config).state_dict()
     tensors_for(encoder, wanted)
 
 

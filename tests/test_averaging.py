@@ -1,6 +1,7 @@
 """Averages of weights against the written-out mean, and the greedy soup against the paper's recipe spelled out."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from selfsight.eval.features import extract
 from selfsight.eval.knn import held_out, knn
 from selfsight.export import load_encoder
 from selfsight.exports.averaging import greedy, held_out_knn, sources, uniform
+from selfsight.exports.card import Facts, facts_of
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.train import pretrain
 
@@ -76,7 +78,7 @@ def test_one_is_no_average() -> None:
 
 
 def weight_of(encoder: Encoder) -> float:
-    return round(float(encoder.backbone.norm.bias[0]), 6)
+    return round(float(encoder.backbone.norm.bias[0].detach()), 6)
 
 
 def marked(*values: float) -> list[Encoder]:
@@ -216,3 +218,59 @@ def test_greedy_asks_for_labels(run_of_dino: Path, tmp_path: Path, capsys: pytes
     ):
         assert cli.main(["export", str(run_of_dino), str(tmp_path / "no"), "--average", *words]) == 2
         assert told in capsys.readouterr().err
+
+
+# -- what a run tells its card
+
+
+def test_the_card_of_a_run_has_its_hardware_and_hours(run_of_dino: Path) -> None:
+    card = (run_of_dino / "encoder" / "README.md").read_text()
+    for line in (
+        "pretrained with dino",
+        "- hardware: ",
+        "- versions: torch ",
+        "- steps: 6",
+        "- training took ",
+        "Not scored.",
+    ):
+        assert line in card, line
+    (run_of_dino / "encoder" / "README.md").write_text("# My own words")  # no part of what the manifest watches
+    load_encoder(run_of_dino)
+
+
+def test_hours_are_those_of_the_logged_speeds(tmp_path: Path) -> None:
+    assert facts_of(tmp_path) == Facts()
+    (tmp_path / "recipe.yaml").write_text("train: {batch_size: 8}")
+    lines = [
+        {"step": 10, "images_per_second": 4.0},
+        {"step": 15},
+        {"step": 30, "images_per_second": 8.0},
+        {"step": "x"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert facts_of(tmp_path).hours == pytest.approx((10 * 8 / 4 + 20 * 8 / 8) / 3600)
+    (tmp_path / "scores.json").write_text('{"scores": 3}')
+    assert facts_of(tmp_path, license="MIT").scores == ()
+
+
+def test_scores_go_with_the_weights_that_were_scored(run_of_dino: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run_of_dino, tmp_path / "run")
+    row = {"encoder": "pretrained", "evaluator": "knn", "value": 50.0, "std": 0.0, "n": 1, "protocol": "kNN: k=3"}
+    (run / "scores.json").write_text(json.dumps({"scores": [row]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        for i, words in enumerate(([], ["--weights", "student"], ["--image-size", "16"])):
+            assert cli.main(["export", str(run), str(tmp_path / f"{i}"), *words]) == 0
+        assert cli.main(["export", str(run / "encoder"), str(tmp_path / "3")]) == 0
+    cards = [(tmp_path / f"{i}" / "README.md").read_text() for i in range(4)]
+    for scored in (cards[0], cards[3]):
+        assert "| pretrained | knn | accuracy |  | 50.0% |" in scored and "- kNN: k=3" in scored
+    for other in cards[1:3]:
+        assert "Not scored." in other and "the run's scores are of the encoder that it exported" in other
+
+
+def test_a_damaged_config_is_told_by_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for body in ("{", "[]", '{"selfsight": 3}', "{}"):
+        (tmp_path / "config.json").write_text(body)
+        assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+        assert "config.json is neither selfsight's nor timm's" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from selfsight.export import export, load_encoder
 from selfsight.exports import torch_format
 from selfsight.exports.card import Facts
 from selfsight.exports.resize import resized
-from selfsight.exports.transformers_format import place_of
+from selfsight.exports.transformers_names import place_of
 from selfsight.recipe import DataConfig, EncoderConfig
 
 TINY: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2}

@@ -13,7 +13,7 @@ from selfsight import checkpoint
 from selfsight.backbone import OPTIONS
 from selfsight.encoder import PLANE_TABLES, Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
-from selfsight.exports.transformers_format import tensors_from
+from selfsight.exports.transformers_names import tensors_from
 from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.section import explain

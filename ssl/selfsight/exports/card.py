@@ -93,7 +93,7 @@ def write_card(folder: Path, encoder: Encoder, ours: dict[str, Any], code: str, 
         license=license_of(facts.license),
         library=LIBRARY[ours["format"]],
         title=encoder.config.name,
-        objective=recipe["objective"]["name"] if recipe else None,
+        objective=_objective(recipe),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else None,
         parameters=sum(p.numel() for p in encoder.parameters()) / 1e6,
         made=encoder.preprocessing,
@@ -108,6 +108,11 @@ def write_card(folder: Path, encoder: Encoder, ours: dict[str, Any], code: str, 
         version=__version__,
     )
     write_atomically(folder / CARD, redact(page))
+
+
+def _objective(recipe: Any) -> str | None:
+    objective = recipe.get("objective") if isinstance(recipe, dict) else None
+    return objective.get("name") if isinstance(objective, dict) else None
 
 
 def _floor(score: dict[str, Any]) -> bool:

@@ -312,3 +312,13 @@ def test_weights_of_an_export_know_their_tubes(tmp_path: Path, clean_process: No
     assert torch.allclose(plain.embed(image), still, atol=1e-5)
     again = make(channels=2, frames=3, tube=3).eval()
     assert len(load_weights(again, str(tmp_path / "enc"), "x")) == 1
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_is_not_exported(tmp_path: Path, clean_process: None) -> None:
+    encoder = make(pool="cls")
+    real = encoder.embed
+    encoder.embed = lambda *a: real(*a) * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="differ from the live encoder's by nan"):
+        export(encoder, tmp_path / "enc", {"format": "nonsense"})
+    assert os.listdir(tmp_path) == []

@@ -362,6 +362,7 @@ def test_a_card_tells_what_is_recorded(tmp_path: Path, clean_process: None) -> N
     export(make(), tmp_path / "enc", provenance, facts=facts)
     card = (tmp_path / "enc" / "README.md").read_text()
     front = card.split("---")[1]
+    assert json.loads((tmp_path / "enc" / "config.json").read_text())["pretrained_cfg"]["license"] == "Apache-2.0"
     assert "license: apache-2.0\nlibrary_name: timm\n" in front
     for line in (
         "pretrained with dino",

@@ -17,7 +17,7 @@ from selfsight import checkpoint
 from selfsight.encoder import Encoder
 from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.exports import clean
-from selfsight.exports.card import Facts, write_card
+from selfsight.exports.card import Facts, license_of, write_card
 from selfsight.exports.format import HALVES, SIZES
 from selfsight.exports.formats import FORMATS
 from selfsight.exports.transformers_format import pool_of
@@ -59,6 +59,8 @@ def export(
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
         raise UsageError(f"{folder}: exists and is no export; name a new folder")
     _require(to, half)
+    facts = facts or Facts()
+    claimed = {"license": facts.license} if license_of(facts.license) != "unknown" else {}
     draft = folder.with_name(f".draft-{folder.name}")
     with _resting(encoder):
         FORMATS[to].require(encoder)
@@ -68,10 +70,10 @@ def export(
             _put_back(folder)
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            ours = _write(encoder, draft, provenance or {}, to, half)
+            ours = _write(encoder, draft, {**(provenance or {}), **claimed}, to, half)
             stored = load_encoder(draft) if half else encoder
             difference = verify_export(stored, draft) + (_lost(encoder, stored, half) if half else 0.0)
-            write_card(draft, encoder, ours, FORMATS[to].code(encoder), facts or Facts())
+            write_card(draft, encoder, ours, FORMATS[to].code(encoder), facts)
             seal(draft)
             _replace(folder, draft)
         except (OSError, SafetensorError) as error:
@@ -112,7 +114,7 @@ def _refuse_overflow(encoder: Encoder, half: str) -> None:
     for name, tensor in encoder.state_dict().items():
         if tensor.is_floating_point() and not tensor.to(HALVES[half]).isfinite().all():
             largest = tensor.abs().max().item()
-            raise NumericError(f"export: {name} has {largest:.3g}, which {half} cannot hold; use bf16 or fp32")
+            raise NumericError(f"export: {name} has {largest:.3g}, which {half} cannot hold; take bf16, or leave half out")
 
 
 def _lost(encoder: Encoder, stored: Encoder, half: str) -> float:
@@ -132,12 +134,12 @@ def _write(
     """Weights and config.json; the answer is what stands there under "selfsight"."""
     dtype = HALVES[half] if half else torch.float32
     ours = {
+        **redact_tree(provenance),  # an export is made to be given away
         "format": to,
         "dtype": str(dtype).removeprefix("torch."),
         "pool": {"name": pool_of(encoder), "prefix": encoder.prefix_tokens},
         "encoder": encoder.config.model_dump(mode="json"),
         "preprocessing": encoder.preprocessing._asdict(),
-        **redact_tree(provenance),  # an export is made to be given away
     }
     FORMATS[to].write(encoder, folder, ours, dtype)
     return ours
@@ -167,8 +169,9 @@ def verify_export(encoder: Encoder, folder: Path) -> float:
 def _compare(pairs: list[tuple[Tensor, Tensor]], folder: Path, to: str, tolerance: float) -> float:
     if wrong := [f"{tuple(other.shape)} for {tuple(ours.shape)}" for ours, other in pairs if ours.shape != other.shape]:
         raise StorageError(f"{folder}: {to}'s features have another shape than the live encoder's: {wrong[0]}")
-    difference = max((ours - other).abs().max().item() for ours, other in pairs)
-    largest = max(other.abs().max().item() for _, other in pairs)  # rounding grows with the features
+    # Of tensors, for Python's max passes over what is not a number.
+    difference = torch.stack([(ours - other).abs().max() for ours, other in pairs]).max().item()
+    largest = torch.stack([other.abs().max() for _, other in pairs]).max().item()  # rounding grows with the features
     if not difference < tolerance * max(1.0, largest):
         raise StorageError(
             f"{folder}: {to}'s features differ from the live encoder's by {difference:.1e}, features up to {largest:.1e}"

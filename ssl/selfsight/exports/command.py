@@ -58,7 +58,6 @@ def run(asked: Request) -> str:
     named = {"weights": asked.weights} if asked.weights else {}
     told = {"version": __version__, **origin, **named, "source": asked.source, "notes": list(notes)}
     facts = run_facts(asked.source, asked.license, (), same=not changed)
-    told |= {"license": asked.license} if asked.license != "unknown" else {}
     difference = export(encoder, asked.target, told, asked.to, asked.half, facts)
     say(f"exported; {asked.to}'s features differ by {difference:.1e} at most")
     if asked.push:

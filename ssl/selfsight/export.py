@@ -114,7 +114,9 @@ def _refuse_overflow(encoder: Encoder, half: str) -> None:
     for name, tensor in encoder.state_dict().items():
         if tensor.is_floating_point() and not tensor.to(HALVES[half]).isfinite().all():
             largest = tensor.abs().max().item()
-            raise NumericError(f"export: {name} has {largest:.3g}, which {half} cannot hold; take bf16, or leave half out")
+            raise NumericError(
+                f"export: {name} has {largest:.3g}, which {half} cannot hold; take bf16, or leave half out"
+            )
 
 
 def _lost(encoder: Encoder, stored: Encoder, half: str) -> float:

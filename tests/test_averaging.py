@@ -116,6 +116,14 @@ def test_a_soup_is_never_worse_than_its_best() -> None:
     assert "held-out kNN 5.00 (best alone 5.00)" in made.notes[0]
 
 
+def test_who_does_not_lower_the_score_is_taken() -> None:
+    scores = {1.0: 5.0, 3.0: 6.0, 2.0: 6.0, 5.0: 5.0, 3.5: 5.5, 4.0: 5.9}  # b alone; b and a; b, a and c: 5.9 < 6
+    made = greedy(marked(1, 3, 8), ["a", "b", "c"], lambda encoder: scores.get(weight_of(encoder), 4.0))
+    assert made.taken == ("b", "a")
+    made = greedy(marked(1, 3, 11), ["a", "b", "c"], lambda encoder: scores.get(weight_of(encoder), 4.0))
+    assert made.taken == ("b", "a")  # all three, whose mean is 5.0, are better than c alone, and worse than b and a
+
+
 def test_the_score_is_knn_of_the_held_out_tenth(small_shards: Path) -> None:
     encoder = make()
     device = torch.device("cpu")

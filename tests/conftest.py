@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,21 @@ def contend(folder: Path, count: int, before: str = "") -> list[str]:
 def unchecked_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare each run the process that looks at its export; test_export and the command's own tests have it."""
     monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+
+
+def look_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What checks an export runs here, and not in a process of its own, which takes seconds to start."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        code, *arguments = command[-3:]
+        code = code.replace('assert "selfsight" not in sys.modules', "")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["", *arguments])
+            exec(code, {})
+        return subprocess.CompletedProcess(command, 0)
+
+    stand_in = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr("selfsight.exports.clean.subprocess", stand_in)
 
 
 @pytest.fixture

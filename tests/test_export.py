@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import look_in_this_process
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -17,6 +18,7 @@ from selfsight import checkpoint, cli
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
 from selfsight.export import export, load_encoder, timm_line, verify_export
+from selfsight.exports.formats import FORMATS
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.train import pretrain
 from selfsight.weights import load_weights
@@ -27,6 +29,12 @@ TINY: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "
 def make(data: dict[str, Any] | None = None, **fields: Any) -> Encoder:
     config = EncoderConfig(**(TINY | fields))
     return build_encoder(config, preprocessing_of(DataConfig(train="x", **(data or {})), config), 3)
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader runs in this process, which saves the seconds of starting another; each format has one test with its own."""
+    look_in_this_process(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -41,11 +49,11 @@ def make(data: dict[str, Any] | None = None, **fields: Any) -> Encoder:
     ],
 )
 @torch.inference_mode()
-def test_timm_loads_it_with_the_same_features(tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_timm_loads_it_with_the_same_features(tmp_path: Path, fields: dict[str, Any], clean_process: None) -> None:
     encoder = make(**fields)
     assert export(encoder, tmp_path / "enc", {"note": "x"}) < 1e-5
     assert sorted(os.listdir(tmp_path)) == ["enc"]
-    assert sorted(os.listdir(tmp_path / "enc")) == ["config.json", "manifest.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "enc")) == ["README.md", "config.json", "manifest.json", "model.safetensors"]
     model = timm.create_model(f"local-dir:{tmp_path / 'enc'}", pretrained=True, num_classes=0).eval()
     images = torch.randn(3, encoder.preprocessing.channels, 16, 16)
     encoder.eval()
@@ -55,7 +63,7 @@ def test_timm_loads_it_with_the_same_features(tmp_path: Path, fields: dict[str, 
 
 
 @torch.inference_mode()
-def test_transformers_loads_it_too(tmp_path: Path) -> None:
+def test_transformers_loads_it_too(tmp_path: Path, clean_process: None) -> None:
     encoder = make().eval()
     export(encoder, tmp_path / "enc", {})
     images = torch.randn(2, 3, 16, 16)
@@ -63,7 +71,7 @@ def test_transformers_loads_it_too(tmp_path: Path) -> None:
     assert torch.allclose(found.last_hidden_state, torch.cat(encoder(images), 1), atol=1e-5)
 
 
-def test_the_config_claims_only_what_is_ours(tmp_path: Path) -> None:
+def test_the_config_claims_only_what_is_ours(tmp_path: Path, clean_process: None) -> None:
     export(make({"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.9}), tmp_path / "enc", {"steps": 7})
     config = json.loads((tmp_path / "enc" / "config.json").read_text())
     ours = config["pretrained_cfg"]
@@ -73,7 +81,7 @@ def test_the_config_claims_only_what_is_ours(tmp_path: Path) -> None:
     assert config["selfsight"]["steps"] == 7
 
 
-def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_it_comes_back_as_it_was(tmp_path: Path, clean_process: None) -> None:
     encoder = make({"mean": (0.1, 0.2, 0.3), "crop_pct": 0.9}, pool="cls")
     export(encoder, tmp_path / "enc", {})
     again = load_encoder(tmp_path / "enc")
@@ -121,18 +129,18 @@ def test_inputs_of_an_export_are_held_to_what_a_recipe_may_say(tmp_path: Path, m
             loaded({field: value})
 
 
-def test_features_that_differ_are_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_differ_are_not_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None
+) -> None:
     with pytest.MonkeyPatch.context() as unchecked:
         unchecked.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
         export(make(), tmp_path / "enc", {})
     encoder = make()
     real = Encoder.embed
-    monkeypatch.setattr(
-        Encoder, "embed", lambda self, x, pool=None: real(self, x, "cls")
-    )  # another function than the exported
-    with pytest.raises(StorageError, match=r"timm's features differ from the live encoder's by .*, features up to"):
-        export(encoder, tmp_path / "enc", {})
-    monkeypatch.undo()
+    with monkeypatch.context() as other:  # another function than the exported
+        other.setattr(Encoder, "embed", lambda self, x, pool=None: real(self, x, "cls"))
+        with pytest.raises(StorageError, match=r"timm's features differ from the live encoder's by .*, features up to"):
+            export(encoder, tmp_path / "enc", {})
     tensors = load_file(tmp_path / "enc" / "model.safetensors")
     tensors["blocks.0.mlp.fc1.weight"] *= 1.1
     save_file(tensors, tmp_path / "enc" / "model.safetensors")
@@ -141,11 +149,12 @@ def test_features_that_differ_are_not_exported(tmp_path: Path, monkeypatch: pyte
     assert sorted(os.listdir(tmp_path)) == ["enc"]
 
 
-def test_an_export_that_timm_cannot_load_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "selfsight.export.save_for_hf", lambda *a, **k: (Path(a[1]) / "config.json").write_text('{"model_args": {}}')
-    )
-    with pytest.raises(StorageError, match="timm could not load the export"):
+def test_an_export_that_timm_cannot_load_is_not_kept(tmp_path: Path) -> None:
+    with (
+        pytest.MonkeyPatch.context() as broken,
+        pytest.raises(StorageError, match="a process of its own could not load the export: OSError: no"),
+    ):
+        broken.setattr("selfsight.export.FORMATS", {"timm": FORMATS["timm"]._replace(clean="raise OSError('no')")})
         export(make(), tmp_path / "enc", {})
     assert os.listdir(tmp_path) == []
 
@@ -189,7 +198,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_large_features_are_compared_by_their_size(tmp_path: Path) -> None:
+def test_large_features_are_compared_by_their_size(tmp_path: Path, clean_process: None) -> None:
     encoder = make()
     encoder.backbone.norm.weight.mul_(1000)
     assert export(encoder, tmp_path / "enc", {}) < 1e-2
@@ -213,21 +222,6 @@ PLANES = [
 ]
 
 
-@pytest.fixture
-def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm looks at an export in this process, which saves the six seconds of starting another."""
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        folder, sample = command[-2:]
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
-        tokens = model.forward_features(load_file(sample)["images"])
-        found = {"tokens": tokens, "pooled": model.forward_head(tokens, pre_logits=True)}
-        save_file({name: value.contiguous() for name, value in found.items()}, sample + ".out")
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr("selfsight.export.subprocess.run", run)
-
-
 @pytest.mark.parametrize("fields", PLANES)
 @torch.inference_mode()
 def test_volumes_and_channels_come_back_as_they_were(
@@ -239,9 +233,8 @@ def test_volumes_and_channels_come_back_as_they_were(
     assert export(encoder, folder, {}) < 1e-5
     own = {name: table for name, table in encoder.named_parameters() if name in ("depth_embed", "channel_embed")}
     assert (folder / "planes.safetensors").is_file() == bool(own)
-    assert set(json.loads((folder / "manifest.json").read_text())) == {p.name for p in folder.iterdir()} - {
-        "manifest.json"
-    }
+    unlisted = {"manifest.json", "README.md"}  # people write on cards
+    assert set(json.loads((folder / "manifest.json").read_text())) == {p.name for p in folder.iterdir()} - unlisted
     assert len({p.stat().st_mode for p in folder.iterdir()}) == 1
     again = load_encoder(folder)
     assert (again.preprocessing, again.config) == (encoder.preprocessing, encoder.config)
@@ -267,10 +260,10 @@ def test_the_means_of_a_tube_are_those_of_its_channels(tmp_path: Path, clean_pro
 def test_volumes_whose_tables_differ_are_not_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None
 ) -> None:
-    def spoil(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor], path: Path, *_: Any) -> None:
         save_file({name: 1.5 * t if name == "depth_embed" else t for name, t in tensors.items()}, path)
 
-    monkeypatch.setattr("selfsight.export.save_file", spoil)
+    monkeypatch.setattr("selfsight.exports.timm_format.save_file", spoil)
     with pytest.raises(StorageError, match="features differ"):
         export(make(**PLANES[0]), tmp_path / "enc", {})
     assert os.listdir(tmp_path) == []
@@ -319,3 +312,13 @@ def test_weights_of_an_export_know_their_tubes(tmp_path: Path, clean_process: No
     assert torch.allclose(plain.embed(image), still, atol=1e-5)
     again = make(channels=2, frames=3, tube=3).eval()
     assert len(load_weights(again, str(tmp_path / "enc"), "x")) == 1
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_is_not_exported(tmp_path: Path, clean_process: None) -> None:
+    encoder = make(pool="cls")
+    real = encoder.embed
+    encoder.embed = lambda *a: real(*a) * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="differ from the live encoder's by nan"):
+        export(encoder, tmp_path / "enc", {"format": "nonsense"})
+    assert os.listdir(tmp_path) == []

@@ -6,6 +6,7 @@ features = encoder.embed(images)                      # (B, D)
 ss.pretrain("recipes/digits/mae.yaml", {"train.epochs": 10})
 ss.evaluate("runs/digits/encoder", train="digits:train", test="digits:test")
 ss.embed("runs/digits/encoder", "digits:test").vectors        # by pool: (N, D)
+ss.export(encoder, "exported", to="onnx")
 """
 
 import os
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from selfsight.encoder import Encoder
     from selfsight.eval.embed import embed
     from selfsight.eval.evaluate import evaluate
-    from selfsight.export import load_encoder
+    from selfsight.export import export, load_encoder
     from selfsight.recipe import Recipe
     from selfsight.train import pretrain
 
@@ -36,10 +37,11 @@ _HOMES = {
     "Recipe": "selfsight.recipe",
     "embed": "selfsight.eval.embed",
     "evaluate": "selfsight.eval.evaluate",
+    "export": "selfsight.export",
     "load_encoder": "selfsight.export",
     "pretrain": "selfsight.train",
 }
-__all__ = ["Encoder", "Recipe", "embed", "evaluate", "load_encoder", "pretrain"]
+__all__ = ["Encoder", "Recipe", "embed", "evaluate", "export", "load_encoder", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:

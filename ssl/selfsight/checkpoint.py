@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfsight.errors import NumericError, StorageError
+from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.faults import faultpoint
 from selfsight.run_folder import sync
 
@@ -197,11 +197,21 @@ def load(path: Path, verified: bool = False) -> Checkpoint:
         raise StorageError(f"{path}: is no checkpoint of selfsight's ({type(error).__name__}: {error})") from None
 
 
-def encoder_tensors(saved: Checkpoint) -> Tensors:
-    """The encoder that is scored and exported: the running average, or whichever the checkpoint says."""
-    if "ema" in saved.tensors:
+def encoder_tensors(saved: Checkpoint, weights: str | None = None) -> Tensors:
+    """The encoder that is scored and exported: the running average, or whichever the checkpoint says.
+
+    Args:
+        weights: "student" for the one that was trained, "teacher" for its running average.
+
+    Raises:
+        UsageError: no teacher.
+    """
+    scored = saved.state.get("scored", "encoder")
+    if weights == "teacher" and "ema" not in saved.tensors and scored == "encoder":
+        raise UsageError(f"step {saved.state['step']}: has no teacher and no running average; leave --weights out")
+    if "ema" in saved.tensors and weights != "student":
         return saved.tensors["ema"]
-    start = saved.state.get("scored", "encoder") + "."
+    start = "encoder." if weights == "student" else scored + "."
     return {name.removeprefix(start): value for name, value in saved.tensors["model"].items() if name.startswith(start)}
 
 

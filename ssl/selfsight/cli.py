@@ -164,13 +164,40 @@ def build_parser() -> argparse.ArgumentParser:
     _extraction_options(one)
 
     one = _command(
-        commands, "export", _export, "write an encoder in timm's local-dir format, checked in a clean process"
+        commands,
+        "export",
+        _export,
+        "write an encoder for timm, transformers, ONNX or torch, checked in a clean process",
     )
-    one.add_argument("source", help="a run folder or a checkpoint")
-    one.add_argument(
-        "--to", choices=["timm"], default="timm", help="the format (default: timm's, which transformers reads, too)"
-    )
+    one.add_argument("source", help="a run folder, a checkpoint, an exported encoder, or the name of a timm model")
     one.add_argument("target", type=Path, help="the folder to write")
+    one.add_argument("--to", choices=["timm", "transformers", "onnx", "torch"], default="timm", help="(default: timm)")
+    one.add_argument("--half", choices=["fp16", "bf16"], help="store weights in 16 bits (timm, transformers)")
+    one.add_argument(
+        "--weights", choices=["student", "teacher"], help="of a run or checkpoint (default: what was scored)"
+    )
+    one.add_argument(
+        "--average",
+        nargs="+",
+        metavar="METHOD",
+        help="uniform or greedy, then checkpoints to average with SOURCE, or the number of SOURCE's last ones (default: all)",
+    )
+    one.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="SPEC",
+        help="labelled training shards that greedy chooses by (default: eval.train)",
+    )
+    one.add_argument(
+        "--image-size", type=_count, metavar="N", help="resample position embeddings for images of this size"
+    )
+    one.add_argument(
+        "--license", default="unknown", metavar="SPDX", help="of the weights, for the card (default: unknown)"
+    )
+    one.add_argument(
+        "--push", metavar="USER/NAME", help="publish the folder as a new repository of the Hugging Face hub"
+    )
+    one.add_argument("--private", action="store_true", help="with --push, a private one")
 
     one = _command(
         commands,
@@ -446,14 +473,10 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from selfsight.console import say
-    from selfsight.export import export, load_encoder, timm_line
+    from selfsight.exports.command import Request, run
 
-    difference = export(
-        load_encoder(options.source), options.target, {"version": __version__, "source": str(options.source)}
-    )
-    say(f"exported; timm's features differ by {difference:.1e} at most")
-    print(timm_line(options.target))
+    wanted = {name: getattr(options, name) for name in Request._fields}
+    print(run(Request(**wanted)))
     return 0
 
 

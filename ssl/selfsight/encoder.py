@@ -368,9 +368,9 @@ class Encoder(nn.Module):
             if grid != self.plane_grid:
                 table = resample_abs_pos_embed(table, list(grid), list(self.plane_grid), num_prefix_tokens=split)
             prefix = prefix + table[:, :split] if split else prefix
-            places = self._in_planes(table[:, split:], channels).expand(len(x), -1, -1)
+            places = self._in_planes(table[:, split:], channels).expand(x.shape[0], -1, -1)
             x = x + (places if keep is None else take(places, keep))
-        x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         rope = getattr(model, "rope", None)
         if rope is None:
             return x, None

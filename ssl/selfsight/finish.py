@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from selfsight import __version__, checkpoint, console
-from selfsight.assemble import Parts, assemble
+from selfsight.assemble import Parts, assemble, libraries
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import evaluate
 from selfsight.eval.ranks import ALONE, Ranks
-from selfsight.export import export, timm_line
+from selfsight.export import export, timm_line, write_card_again
+from selfsight.exports.card import facts_of, hardware_of
 from selfsight.faults import faultpoint
 from selfsight.quarantine import replaced
 from selfsight.recipe import load
@@ -49,6 +50,8 @@ def _finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> d
         "steps": parts.steps,
         "data": parts.shards.id,
         "recipe": recipe.model_dump(mode="json"),
+        "hardware": hardware_of(device),
+        "libraries": libraries(),
     }
     difference = export(parts.scored, folder / "encoder", provenance)
     console.say(f"exported to {folder / 'encoder'}; timm's features differ by {difference:.1e} at most")
@@ -58,6 +61,8 @@ def _finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> d
     if told := replaced(folder):
         console.say(f"warning: {told} ({folder / 'quarantine.jsonl'})")
     write_report(parts, scores["scores"], device)
+    facts = facts_of(folder)._replace(scores=tuple(scores["scores"]))
+    write_card_again(parts.scored, folder / "encoder", facts)
     write_atomically(scores_file, json.dumps(scores, indent=1))
     console.say(f"report: {folder / 'report.html'}\nload it: {timm_line(folder / 'encoder')}")
     return scores

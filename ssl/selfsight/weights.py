@@ -113,15 +113,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"encoder.weights: {path}: not a safetensors file ({error})") from None
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The recipe and the encoder's tensors of a training checkpoint.
+def read_checkpoint(folder: Path, weights: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The recipe and the encoder's tensors of a training checkpoint; `weights` as for `checkpoint.encoder_tensors`.
 
     Raises:
+        UsageError: a teacher is asked for that it does not have.
         StorageError: it does not verify, or holds something else than its manifest's maker should have written.
     """
     try:
         saved = checkpoint.load(folder)
-        return dict(saved.state["recipe"]), checkpoint.encoder_tensors(saved)
+        return dict(saved.state["recipe"]), checkpoint.encoder_tensors(saved, weights)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{folder}: is no checkpoint of selfsight's ({type(error).__name__}: {error})") from None
 

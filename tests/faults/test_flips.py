@@ -35,7 +35,7 @@ def test_every_byte_of_a_sample_and_every_cut_of_a_shard(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("what", "kind"), [("selfsight.checkpoint.manifest_problem", "checkpoint"), ("selfsight.export.require_whole", "export")]
+    ("what", "kind"), [("selfsight.checkpoint.manifest_problem", "checkpoint"), ("selfsight.loading.require_whole", "export")]
 )  # fmt: skip
 def test_without_the_digest_damage_would_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, kind: str

@@ -280,8 +280,8 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(export, "sync", lambda path: (done.append(path.name), sync(path))[1])
     monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(f"rename {path.name}"), rename(path, to))[1])
     export.export(tiny_encoder(), tmp_path / "enc", {})
-    assert sorted(done[:3]) == ["config.json", "manifest.json", "model.safetensors"]
-    assert done[3:] == [".draft-enc", "rename .draft-enc", tmp_path.name]
+    assert sorted(done[:4]) == ["README.md", "config.json", "manifest.json", "model.safetensors"]
+    assert done[4:] == [".draft-enc", "rename .draft-enc", tmp_path.name]
 
 
 def test_an_export_gives_away_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

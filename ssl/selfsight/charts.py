@@ -37,7 +37,7 @@ def line_chart(series: list[Series], unit: str = "", label: str = "", x: str = "
     xs, ys = [[p[axis] for s in series for p in s.points] for axis in (0, 1)]
     y_ticks, x_ticks = ticks(min(ys), max(ys)), ticks(min(xs), max(xs), inside=True)
     frame = Frame(min(xs), max(xs), y_ticks[0], y_ticks[-1])
-    drawn = [*frame.grid(x_ticks, y_ticks), *(mark for s in series for mark in _marks(s, frame, unit, x))]
+    drawn = [*frame.grid(x_ticks, y_ticks, x), *(mark for s in series for mark in _marks(s, frame, unit, x))]
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
 
 
@@ -56,16 +56,16 @@ class Frame(NamedTuple):
         up = (y - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
-    def grid(self, x_ticks: list[float], y_ticks: list[float]) -> list[str]:
+    def grid(self, x_ticks: list[float], y_ticks: list[float], x_name: str) -> list[str]:
         """Lines across, and the numbers at them."""
-        drawn = []
+        drawn = [f'<text class="tick" x="{LEFT - 7}" y="{HEIGHT - 8}" text-anchor="end">{escape(x_name)}</text>']
         for y in y_ticks:
             _, down = self.at(self.x_low, y)
             drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}"/>')
             drawn.append(f'<text class="tick" x="{LEFT - 7}" y="{down + 3.5}" text-anchor="end">{number(y)}</text>')
         for x in x_ticks:
             across, _ = self.at(x, self.y_low)
-            anchor = "end" if across > WIDTH - RIGHT - 12 else "middle"
+            anchor = "end" if across > WIDTH - RIGHT - 12 else "start" if across < LEFT + 12 else "middle"
             drawn.append(f'<text class="tick" x="{across}" y="{HEIGHT - 8}" text-anchor="{anchor}">{number(x)}</text>')
         return drawn
 

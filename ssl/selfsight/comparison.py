@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfsight import plainyaml
-from selfsight.charts import Series, line_chart, number
+from selfsight.charts import Series, line_chart
 from selfsight.cost import cost
 from selfsight.curves import Chart, Lines, curves, numbers, points
 from selfsight.errors import UsageError
@@ -61,6 +61,11 @@ class Scores(NamedTuple):
     title: str
     lines: list[Line]
 
+    @property
+    def deviations(self) -> bool:
+        """Whether any score has one."""
+        return any(cell and cell.deviation for line in self.lines for cell in line.cells)
+
 
 def compare(runs: Sequence[str | Path], out: str | Path = "compare.html") -> Path:
     """Write a page that sets runs beside each other, from what their folders hold.
@@ -78,6 +83,7 @@ def compare(runs: Sequence[str | Path], out: str | Path = "compare.html") -> Pat
     if target.is_dir():
         raise UsageError(f"{target}: is a folder; name a file, such as {target / 'compare.html'}")
     read = read_runs([Path(run) for run in runs])
+    common, rare = what_differs(read)
     page = template("compare.html.j2").render(
         name=" · ".join(run.name for run in read),
         runs=read,
@@ -86,7 +92,8 @@ def compare(runs: Sequence[str | Path], out: str | Path = "compare.html") -> Pat
         scores=side_by_side(read),
         protocols=protocols(read),
         charts=charts(read),
-        differs=what_differs(read),
+        differs=common,
+        rare=rare,
         costs=costs(read),
     )
     write_atomically(target, redact(page))
@@ -207,21 +214,24 @@ def protocols(runs: Sequence[Run]) -> list[str]:
     return [f"{', '.join(told)}: {protocol}" for protocol, told in by.items()]
 
 
-def what_differs(runs: Sequence[Run]) -> list[Line]:
-    """The recipe's fields that are not the same in all runs."""
-    fields = dict.fromkeys(name for run in runs for name in run.recipe)
-    lines = []
-    for name in sorted(set(fields) - _SAME):
-        values = [run.recipe.get(name, "–") for run in runs]
-        if any(value != values[0] for value in values):
-            lines.append(Line(name, [_shown(value) for value in values]))
-    return lines
+def what_differs(runs: Sequence[Run]) -> tuple[list[Line], list[Line]]:
+    """The recipe's fields that are not the same in all runs: those that all have, and those that only some have."""
+    fields = {name for run in runs for name in run.recipe} - _SAME
+    common: list[Line] = []
+    rare: list[Line] = []
+    for name in sorted(fields):
+        values = [_shown(run.recipe[name]) if name in run.recipe else "–" for run in runs]
+        if len(set(values)) > 1:
+            (common if all(name in run.recipe for run in runs) else rare).append(Line(name, values))
+    return common, rare
 
 
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return number(value) if isinstance(value, float) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "–"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def costs(runs: Sequence[Run]) -> list[Line]:

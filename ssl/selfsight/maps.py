@@ -22,7 +22,7 @@ def attention_strips(encoder: Encoder, images: Tensor) -> list[Strip]:
     if not encoder.plain or attention_bytes(encoder) > MOST_BYTES:
         return []
     maps = torch.cat([last_attention(encoder, image[None]) for image in images])
-    query = "the class token" if encoder.has_class_token else "all patches on average"
+    query = "the class token" if pools_class_token(encoder) else "all patches on average"
     shown = [(f"attention of {query} in the last block, mean over {maps.shape[1]} heads", maps.mean(1), False)]
     for head in range(min(HEADS, maps.shape[1]) if maps.shape[1] > 1 else 0):
         shown.append((f"attention of head {head + 1}", maps[:, head], True))
@@ -46,12 +46,19 @@ def attention_bytes(encoder: Encoder) -> int:
 def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
     """What each patch gets of the last block's attention, from the class token or from all patches on average.
 
+    From what the encoder's feature is made of: a class token that nobody reads has learned to look at nothing.
+
     Returns:
         (B, heads, N).
     """
     last, prefix = attention_maps(encoder, images)[-1].float(), encoder.prefix_tokens
-    taken = last[:, :, 0] if encoder.has_class_token else last[:, :, prefix:].mean(2)
+    taken = last[:, :, 0] if pools_class_token(encoder) else last[:, :, prefix:].mean(2)
     return taken[..., prefix:]
+
+
+def pools_class_token(encoder: Encoder) -> bool:
+    """Whether the class token is part of the encoder's feature."""
+    return encoder.has_class_token and encoder.pool != "mean"
 
 
 @torch.no_grad()

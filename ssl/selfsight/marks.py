@@ -107,7 +107,7 @@ def dots(layers: Sequence[Sequence[float]], label: str, unit: str = "") -> str:
     scale = ticks(min(0.0, *(v for heads in kept for v in heads)), max(v for heads in kept for v in heads))
     frame = Frame(0.5, len(kept) + 0.5, scale[0], scale[-1])
     every = -(-len(kept) // 12)
-    drawn = frame.grid([float(layer) for layer in range(1, len(kept) + 1, every)], scale)
+    drawn = frame.grid([float(layer) for layer in range(1, len(kept) + 1, every)], scale, "block")
     means = [(layer, sum(heads) / len(heads)) for layer, heads in enumerate(kept, 1) if heads]
     path = " ".join(f"{'ML'[i > 0]}{x} {y}" for i, (x, y) in enumerate(frame.at(*mean) for mean in means))
     drawn.append(f'<path class="line c0" d="{path}"/>')

@@ -119,7 +119,7 @@ def neighbours(bank: Bank, encoder: Encoder, shards: Samples) -> list[Neighbours
         pictures = []
         for place, (other, cosine) in enumerate(zip(others.tolist(), near.tolist(), strict=True), 1):
             agrees = {True: " ✓", False: " ✗"}[bool(bank.labels[other] == mine)] if labelled else ""
-            pictures.append((picture(shown(other), f"neighbour {place} of query {number}"), f"{cosine:.2f}{agrees}"))
+            pictures.append((picture(shown(other), f"neighbour {place} of query {number}"), f"{cosine:.3f}{agrees}"))
         rows.append(Neighbours(picture(shown(query), f"query {number}"), pictures))
     return rows
 

@@ -49,16 +49,21 @@ class Score:
         """Whether it is there to compare with."""
         return self.encoder in FLOORS
 
-    def text(self) -> str:
-        """`94.2 ± 0.3`; numbers that are no percentages with three digits."""
-        shown = _number(self.value, self.unit)
-        unit = "" if self.unit in ("%", "") else f" {self.unit}"
-        return shown + (f" ± {_number(self.std, self.unit)}" if self.n > 1 else "") + unit
+    @property
+    def shown(self) -> str:
+        """The value alone: percentages with one decimal, other numbers with three digits and their unit."""
+        return _number(self.value, self.unit) + ("" if self.unit in ("%", "") else f" {self.unit}")
 
-    def spread(self) -> str:
+    @property
+    def deviation(self) -> str:
+        """`± 0.3` over seeds, if there are several."""
+        return f"± {_number(self.std, self.unit)}" if self.n > 1 else ""
+
+    @property
+    def spread(self) -> list[str]:
         """The 95 % interval over test samples, if there is one, and how many seeds."""
-        low_high = [f"{_number(v, self.unit)}" for v in self.interval or ()]
-        return " · ".join([*([" to ".join(low_high)] if low_high else []), *([f"n {self.n}"] if self.n > 1 else [])])
+        interval = [" to ".join(_number(end, self.unit) for end in self.interval)] if self.interval else []
+        return [*interval, *([f"n {self.n}"] if self.n > 1 else [])]
 
 
 class Row(NamedTuple):
@@ -80,6 +85,17 @@ class Table(NamedTuple):
     rows: list[Row]
     protocols: list[str]
     intervals: bool
+    """Whether any score has one."""
+
+    @property
+    def deviations(self) -> bool:
+        """Whether any score has one."""
+        return any(cell and cell.deviation for row in self.rows for cell in row.cells)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether any row is drawn on a scale."""
+        return any(row.strip for row in self.rows)
 
 
 class Confusion(NamedTuple):
@@ -170,7 +186,7 @@ def _strip(scores: Iterable[Score]) -> str:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value:.1f}" if unit == "%" else f"{value:.3g}"
+    return (f"{value:.1f}" if unit == "%" else f"{value:.3g}").replace("-", "−")
 
 
 def differences(found: Mapping[str, Any]) -> list[str]:
@@ -183,8 +199,10 @@ def differences(found: Mapping[str, Any]) -> list[str]:
         name = f"{row.get('evaluator', '')}{'' if metric == 'accuracy' else f' {metric}'}"
         between = ""
         if isinstance(interval, Sequence) and len(interval) == 2:
-            between = f", 95 %: {interval[0]:.1f} to {interval[1]:.1f}"
-        lines.append(f"{name}: {row['value']:+.1f} over {row.get('over', '?')}{between}")
+            between = f", 95 %: {_number(interval[0], '%')} to {_number(interval[1], '%')}"
+        lines.append(
+            f"{name}: {'+' if row['value'] > 0 else ''}{_number(row['value'], '%')} over {row.get('over', '?')}{between}"
+        )
     return lines
 
 
@@ -226,14 +244,14 @@ def detail_charts(scores: Sequence[Score]) -> list[Chart]:
         score = next(s for s in scores if s.name == name and s.detail.get("curve"))
         x = str(score.detail.get("x", "x"))
         if drawn := line_chart(series, f" {score.unit}".rstrip(), name, x):
-            made.append(Chart(name, drawn, f"Over {x}.", score.text()))
+            made.append(Chart(name, drawn, f"Over {x}.", score.shown))
     for score in scores:
         layers = score.detail.get(_DISTANCE)
         if not score.floor and isinstance(layers, Sequence) and layers:
             heads = [[float(v) for v in (layer if isinstance(layer, Sequence) else [layer])] for layer in layers]
             drawn = dots(heads, "Attention distance", " px")
             hint = "Pixels, of each head of each block: short looks at neighbours, long across the image."
-            made.append(Chart("Attention distance", drawn, hint, score.text()))
+            made.append(Chart("Attention distance", drawn, hint, score.shown))
     return made
 
 

@@ -128,7 +128,7 @@ def _read(folder: Path, name: str) -> Run:
         found = read_scores(scores)
     told = [f"{name}: {line}" for line in warnings(found)]
     if damaged := damaged_lines(folder / METRICS):
-        told.append(f"{name}: {damaged} damaged lines of {METRICS} are left out")
+        told.append(f"{name}: {damaged} damaged line{'s' * (damaged > 1)} of {METRICS} left out")
     if not found.get("scores"):
         told.append(f"{name}: was not scored" if scores.exists() else f"{name}: has no scores (yet)")
     lines = numbers(read_lines(folder / METRICS))

@@ -223,7 +223,7 @@ def test_points_that_are_not_finite_are_left_out_and_many_are_thinned() -> None:
     drawn = line_chart([Series("x", [(i, float(i % 7)) for i in range(5000)])])
     assert drawn.count(" ", drawn.index(' d="')) < 2.2 * MOST_POINTS + 500
     assert drawn.count("<circle") <= 62
-    assert "at step 4999" in drawn
+    assert "at step 4,999" in drawn
 
 
 def test_one_point_is_seen() -> None:

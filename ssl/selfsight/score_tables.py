@@ -235,16 +235,15 @@ def confusion(scores: Sequence[Score]) -> Confusion | None:
 def detail_charts(scores: Sequence[Score]) -> list[Chart]:
     """Curves that evaluators give with their scores, all encoders in one chart, and distances of attention."""
     made = []
-    for name in dict.fromkeys(score.name for score in scores if score.detail.get("curve")):
-        series = [
-            Series(s.encoder, _points(s.detail["curve"]), s.floor)
-            for s in scores
-            if s.name == name and s.detail.get("curve")
-        ]
-        score = next(s for s in scores if s.name == name and s.detail.get("curve"))
-        x = str(score.detail.get("x", "x"))
-        if drawn := line_chart(series, f" {score.unit}".rstrip(), name, x):
-            made.append(Chart(name, drawn, f"Over {x}.", score.shown))
+    curved = [score for score in scores if score.detail.get("curve")]
+    for name in dict.fromkeys(score.name for score in curved):
+        own = [score for score in curved if score.name == name]
+        lines = [Series(score.encoder, _points(score.detail["curve"]), score.floor) for score in own]
+        x, first = str(own[0].detail.get("x", "x")), own[0]
+        below = sorted((line for line in lines if line.dashed and line.points), key=lambda line: -line.points[0][1])
+        floors = f" Dotted, from above: {', '.join(line.name for line in below)}." if below else ""
+        if drawn := line_chart(lines, f" {first.unit}".rstrip(), name, x):
+            made.append(Chart(name, drawn, f"Over {x}.{floors}", first.shown))
     for score in scores:
         layers = score.detail.get(_DISTANCE)
         if not score.floor and isinstance(layers, Sequence) and layers:

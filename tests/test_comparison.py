@@ -66,7 +66,7 @@ def test_losses_of_different_objectives_are_drawn_apart_and_batches_over_passes(
     other = {"objective": {"name": "dino", "momentum": 0.9}, "train": {"batch_size": 16}}
     runs = read_runs([folder("one"), folder("two", other)])
     made = {chart.title: chart.svg for chart in charts(runs)}
-    assert list(made) == ["Loss (mae)", "Learning rate", "Loss (dino)"]
+    assert list(made) == ["Loss (mae)", "Loss (dino)", "Learning rate"]
     assert 'class="line c1"' in made["Loss (dino)"]
     assert "c0" not in made["Loss (dino)"]
     assert "at pass 0.3" in made["Learning rate"]

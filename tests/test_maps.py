@@ -224,9 +224,9 @@ def test_maps_are_bounded() -> None:
 
 def test_the_choice_of_images_is_bounded_by_the_encoders_cost(small_shards: Path) -> None:
     assert how_many(make(), CPU) == MOST
-    large = make(width=384, depth=2, heads=6, image_size=224, patch=4)
+    large = make(width=384, depth=2, heads=6, image_size=112, patch=4)
     weights = sum(parameter.numel() for parameter in large.parameters())
-    assert FEWEST < how_many(large, CPU) == int(2e12 / (2 * weights * 56 * 56)) < 100
+    assert FEWEST < how_many(large, CPU) == int(3e11 / (2 * weights * 28 * 28)) < 100
     assert how_many(large, torch.device("cuda")) == MOST
     assert how_many(make(width=768, depth=2, heads=6, image_size=224, patch=4), CPU) == FEWEST
     chosen = bank_of(make(), Shards(str(small_shards)), CPU, 0)

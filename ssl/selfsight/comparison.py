@@ -167,9 +167,10 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
                 hint = "" if name.startswith("loss") else hint  # which speaks of a floor that is not drawn
                 drawn.setdefault((title, name), (curve.unit, hint, []))[2].append(Series(run.name, line, False, colour))
     over = {"epoch": "pass", "step": "step"}[x]
+    # Losses first, then what most runs share.
+    ordered = sorted(drawn.items(), key=lambda one: (not one[0][1].startswith("loss"), -len(one[1][2])))
     return [
-        Chart(title, line_chart(series, unit, title, over), hint, "")
-        for (title, _), (unit, hint, series) in drawn.items()
+        Chart(title, line_chart(series, unit, title, over), hint, "") for (title, _), (unit, hint, series) in ordered
     ]
 
 

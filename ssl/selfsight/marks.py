@@ -56,18 +56,20 @@ def scatter(places: Sequence[tuple[float, float]], classes: Sequence[int], names
         classes: of each point its number among `names`; all 0 with no names: one colour.
     """
     lows, highs = ([pick(place[axis] for place in places) for axis in (0, 1)] for pick in (min, max))
-    size = max(high - low for low, high in zip(lows, highs, strict=True)) or 1.0
+    wide, tall = (high - low for low, high in zip(lows, highs, strict=True))
+    size = max(wide, tall) or 1.0
+    height = round(16 + (MAP - 16) * tall / size)
     drawn = []
     for place, own in zip(places, classes, strict=True):
         across, down = (
-            round(8 + (MAP - 16) * (0.5 + (v - (low + high) / 2) / size), 1)
-            for v, low, high in zip(place, lows, highs, strict=True)
+            round(side / 2 + (MAP - 16) * (v - (low + high) / 2) / size, 1)
+            for v, low, high, side in zip(place, lows, highs, (MAP, height), strict=True)
         )
         told = f"<title>{escape(names[own])}</title>" if names else ""
         drawn.append(
             f'<circle class="point" style="{colour(own, len(names))}" cx="{across}" cy="{down}" r="2.6">{told}</circle>'
         )
-    return f'<svg viewBox="0 0 {MAP} {MAP}" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
+    return f'<svg viewBox="0 0 {MAP} {height}" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
 
 
 def matrix(counts: Sequence[Sequence[int]], names: Sequence[str], label: str) -> str:

@@ -21,9 +21,9 @@ from selfsight.pictures import Picture, Pixels, array, crops, picture
 
 MOST = 1_000  # images, whatever the set
 MAPPED = 500  # of them on the maps: more would tell an eye little, and t-SNE takes a second for these
-FEWEST = 64
+FEWEST = 32
 REMOTE = 256  # images of a set that has to be fetched
-CPU_WORK, GPU_WORK = 2e12, 1e14  # operations that a page may cost
+CPU_WORK, GPU_WORK = 3e11, 1e14  # operations that a page may cost: ten to twenty seconds of two cores
 CHUNK = 32
 QUERIES, NEAREST = 6, 6
 PERPLEXITY = 30.0

@@ -1,5 +1,6 @@
 """What a run cost: hours over all restarts and ranks, energy from counters that wrap, and no guess where nobody measures."""
 
+import json
 import time
 from math import isnan
 from pathlib import Path
@@ -89,8 +90,11 @@ def test_energy_is_kwh() -> None:
         ([{"device_hours": "x"}], None, None),
     ],
 )
-def test_what_a_run_had_cost_before(lines: list[dict[str, Any]], hours: float | None, energy: float | None) -> None:
-    for value, wanted in zip(spent_before(lines), (hours, energy), strict=True):
+def test_what_a_run_had_cost_before(
+    lines: list[dict[str, Any]], hours: float | None, energy: float | None, tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for value, wanted in zip(spent_before(tmp_path / "metrics.jsonl"), (hours, energy), strict=True):
         assert isnan(value) if wanted is None else value == wanted
 
 

@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfsight.details import confusion, detail_charts
 from selfsight.errors import StorageError
 from selfsight.marks import Mark, dots, matrix, scatter, strip
 from selfsight.score_tables import (
     Score,
-    confusion,
-    detail_charts,
     differences,
     health_tables,
     scores_of,
@@ -191,3 +190,11 @@ def test_maps_keep_their_shape() -> None:
 def test_layers_without_numbers_are_no_chart() -> None:
     assert dots([[float("nan")], []], "") == ""
     assert dots([[1.0], []], "").count("<circle") == 1
+
+
+@pytest.mark.parametrize("rubbish", [3, "abc", ["x"], [[1, "y"]], [[1], [2]], [None], {"a": 1}])
+def test_details_of_another_shape_are_left_out(rubbish: Any) -> None:
+    detail = {"curve": rubbish, "confusion": rubbish, "attention_distance": rubbish}
+    scores = [Score("pretrained", "knn", 1.0, detail=detail)]
+    assert [chart.title for chart in detail_charts(scores) if chart.title != "Attention distance"] == []
+    assert confusion(scores) is None

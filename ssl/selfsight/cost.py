@@ -5,9 +5,11 @@ import time
 from collections.abc import Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from selfsight.run_folder import read_lines
 
 _RAPL = Path("/sys/class/powercap")
 _EVERY = 1.0  # seconds from one look at a GPU's power to the next
@@ -91,9 +93,9 @@ class Spent(NamedTuple):
 NOTHING = Spent()
 
 
-def spent_before(lines: Sequence[Mapping[str, Any]]) -> Spent:
-    """What the metrics of a run that is to go on say of its cost, work that was lost to a crash included."""
-    if not lines:
+def spent_before(metrics: Path) -> Spent:
+    """What the metrics.jsonl of a run that is to go on says of its cost, work that was lost to a crash included."""
+    if not (lines := read_lines(metrics)):
         return NOTHING
     last = lines[-1]  # of a file that somebody else wrote
     known = [last.get(name) for name in ("device_hours", "energy_kwh")]

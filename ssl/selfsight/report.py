@@ -16,6 +16,7 @@ from selfsight import __version__
 from selfsight.assemble import Parts
 from selfsight.cost import cost
 from selfsight.curves import Chart, charts, numbers
+from selfsight.details import confusion, detail_charts
 from selfsight.errors import SelfsightError
 from selfsight.export import timm_line
 from selfsight.maps import attention_strips, token_strips
@@ -26,8 +27,6 @@ from selfsight.redact import redact
 from selfsight.run_folder import damaged_lines, read_lines, write_atomically
 from selfsight.score_tables import (
     FLOORS,
-    confusion,
-    detail_charts,
     differences,
     health_tables,
     scores_of,

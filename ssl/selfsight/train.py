@@ -45,15 +45,7 @@ from selfsight.processes import StopRequest, agree, join, loader_workers, same_o
 from selfsight.quarantine import Quarantine
 from selfsight.recipe import Recipe, load
 from selfsight.redact import redact_tree
-from selfsight.run_folder import (
-    STOPPED,
-    RunLock,
-    cut_lines_after,
-    read_lines,
-    remove_if_empty,
-    require_writable,
-    write_atomically,
-)
+from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, remove_if_empty, require_writable, write_atomically
 from selfsight.saver import Saver
 
 # For which all ranks end a run at the same step; for the last two nothing can be saved.
@@ -112,7 +104,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     recipe, config, steps, folder = parts.recipe, parts.recipe.train, parts.steps, parts.recipe.run_dir
     device, rank, main = accelerator.device, accelerator.process_index, accelerator.is_main_process
     stop, peers = stop or StopRequest(), peers or Peers(accelerator, config.timeout)
-    before = spent_before(read_lines(folder / "metrics.jsonl"))  # then the lines of lost work are cut
+    before = spent_before(folder / "metrics.jsonl")  # then the lines of lost work are cut
     first = resume(parts, accelerator)
     cut = config.deterministic
     backward = Canonical(parts.objective, accelerator, cut) if cut else Averaged(parts.objective, accelerator)

@@ -121,7 +121,7 @@ def test_cost_in_words() -> None:
         "device-hours": "50.0 h, of all ranks and restarts",
         "images seen": "1,920",
         "images per second": "20, the median",
-        "energy": "1.25 kWh",
+        "energy": "1.25 kWh, of GPUs or CPU packages alone",
     }
     assert [told for told in cost([], 64).values()] == ["not measured", "0", "not measured", "not measured"]
     assert [hours_text(h) for h in (0.01, 0.5, 3.21)] == ["36 s", "30.0 min", "3.2 h"]

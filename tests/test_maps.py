@@ -218,6 +218,18 @@ def test_maps_hold_every_point_in_its_classes_colour(classes: int) -> None:
     assert map_charts(bank(7, 2)) == []
 
 
+def test_collapsed_features_have_no_map(small_shards: Path, small_fields: dict[str, Any]) -> None:
+    parts = assemble(load("digits/mae", small_fields), CPU)
+    parts.encoder.backbone.norm.weight.data.zero_()
+    parts.encoder.backbone.norm.bias.data.fill_(1.0)
+    seen = what_it_sees(parts, CPU)
+    assert seen.maps == []
+    assert seen.left_out == ["maps: there are too few images, or all have the same features"]
+    assert len(seen.neighbours) == 6
+    parts.encoder.backbone.norm.bias.data.zero_()
+    assert what_it_sees(parts, CPU).left_out == ["neighbours: the encoder's features are not finite, or all zero"]
+
+
 def test_maps_are_bounded() -> None:
     assert map_charts(bank(MAPPED + 1, 0, 2))[0].svg.count("<circle") <= MAPPED
 

@@ -112,7 +112,7 @@ def cost(lines: Sequence[Mapping[str, float]], batch_size: int) -> dict[str, str
         "device-hours": NOT_MEASURED if hours is None else f"{hours_text(hours)}, of all ranks and restarts",
         "images seen": f"{images:,.0f}",
         "images per second": f"{rates[len(rates) // 2]:,.0f}, the median" if rates else NOT_MEASURED,
-        "energy": NOT_MEASURED if energy is None else f"{energy:.3g} kWh",
+        "energy": NOT_MEASURED if energy is None else f"{energy:.3g} kWh, of GPUs or CPU packages alone",
     }
 
 

@@ -24,6 +24,8 @@ MAPPED = 500  # of them on the maps: more would tell an eye little, and t-SNE ta
 FEWEST = 32
 REMOTE = 256  # images of a set that has to be fetched
 CPU_WORK, GPU_WORK = 3e11, 1e14  # operations that a page may cost: ten to twenty seconds of two cores
+FEWEST_MAPPED = 8
+COLLAPSED = 1e-6  # largest difference of unit vectors that are all the same
 CHUNK = 32
 QUERIES, NEAREST = 6, 6
 PERPLEXITY = 30.0
@@ -134,8 +136,8 @@ def agreement(bank: Bank) -> str:
 
 
 def map_charts(bank: Bank) -> list[Chart]:
-    """Maps of the bank: PCA, and t-SNE or, where it is installed, UMAP."""
-    if len(bank.ids) < 8:
+    """Maps of the bank: PCA, and t-SNE or, where it is installed, UMAP; none of a few points, or of collapsed features."""
+    if len(bank.ids) < FEWEST_MAPPED or bool((bank.vectors - bank.vectors[0]).abs().max() < COLLAPSED):
         return []
     every = -(-len(bank.ids) // MAPPED)
     vectors, classes = bank.vectors[::every].double().numpy(), bank.classes

@@ -117,6 +117,8 @@ def what_it_sees(parts: Parts, device: torch.device) -> Seen:
             return
         seen.neighbours = neighbours(bank, encoder, parts.shards)
         seen.agreement, seen.maps, seen.legend = agreement(bank), map_charts(bank), legend(bank)
+        if not seen.maps:
+            seen.left_out.append("maps: there are too few images, or all have the same features")
 
     sections: Mapping[str, Callable[[], None]] = {"pictures": pictures, "neighbours": near}
     for name, make in sections.items():

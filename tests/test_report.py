@@ -226,6 +226,15 @@ def test_points_that_are_not_finite_are_left_out_and_many_are_thinned() -> None:
     assert "at step 4,999" in drawn
 
 
+def test_later_is_right_and_more_is_up() -> None:
+    drawn = line_chart([Series("a", [(0, 0.0), (10, 1.0)]), Series("b", [(10, 0.5)], colour=6)])
+    first, last, other = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    assert first == (46.0, 174.0)
+    assert last == (408.0, 12.0)
+    assert other == (408.0, 93.0)
+    assert 'class="line c0"' in drawn and 'class="line c6"' in drawn
+
+
 def test_one_point_is_seen() -> None:
     drawn = line_chart([Series("knn", [(500, 89.5)])], " %")
     assert 'class="dot c0 shown"' in drawn

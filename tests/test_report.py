@@ -6,13 +6,18 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from selfsight import cli
-from selfsight.charts import Series, line_chart, number, ticks
+from selfsight import __version__, cli
+from selfsight.charts import MOST_POINTS, Series, line_chart, number, ticks
+from selfsight.curves import charts, curves, numbers
+from selfsight.errors import DataError
+from selfsight.finish import report_again
 from selfsight.train import pretrain
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,10 +33,15 @@ class Page(html.parser.HTMLParser):
         self.open: list[str] = []
         self.addresses: list[str] = []
         self.tags: list[str] = []
+        self.lacking: list[str] = []
+        """What a person who cannot see would miss."""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        wanted = {"img": "alt", "th": "scope", "svg": "aria-label", "html": "lang"}.get(tag)
+        if wanted and not dict(attrs).get(wanted):
+            self.lacking.append(str(self.getpos()))
         self.addresses += [value or "" for name, value in attrs if name in {"src", "href"}]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -70,13 +80,19 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path) -> None:
                    "source image", "rebuild: augmented view", "rebuild: what the encoder sees", "rebuild: reconstruction",
                    "rotation: turned", "agree: view 2", "rotation/accuracy", "agree/variance", "Spread of agree/embedding",
                    "RankMe of agree/embedding", "no floor to compare with", "random-init", "pixels", "majority",
+                   "attention of all patches on average", "attention of head 1", "three principal components", "nearest neighbour of their own class",
+                   "PCA", "t-SNE", "class 1", "device-hours", "not measured", "How each score was made",
                    "timm.create_model", "mask_ratio: 0.6", "Python"):  # fmt: skip
         assert wanted in text, wanted
-    assert page.tags.count("img") == 8 * 8
-    assert page.tags.count("svg") == 1 + 7 + 2 + 7  # the loss, parts and their terms, the watch, and the rest
+    rows = 8 + 1 + 2 + 1  # source and views, mean attention, its two heads, tokens
+    assert page.tags.count("img") == 8 * rows + 6 * 7
+    # The loss, parts and their terms, the watch, the rest, a scale for each of two evaluators, two maps.
+    assert page.tags.count("svg") == 1 + 7 + 2 + 7 + 2 + 2
     assert len(re.findall(r'class="line[^"]* dashed"', text)) == 2  # the floors of reconstruction and rotation
     for score in json.loads((run / "scores.json").read_text())["scores"]:
         assert f"{score['value']:.1f}" in text
+        assert score["encoder"] != "pretrained" or html.escape(score["protocol"]) in text
+    assert page.lacking == []
     again = (run / "report.html").read_text()
     (run / "report.html").unlink()
     assert cli.main(["report", str(run)]) == 0
@@ -92,19 +108,99 @@ def test_a_page_without_scores_says_so(run: Path, tmp_path: Path, capsys: pytest
     assert "/nowhere/recipe.yaml" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_chromium_draws_it_without_a_complaint_or_a_request(run: Path, tmp_path: Path) -> None:
-    log = tmp_path / "net.json"
+def drawn_by_chromium(page: Path, folder: Path, *options: str) -> Path:
+    """A picture of the page, after a browser has drawn it without a complaint and without asking anybody for anything."""
+    log, picture = folder / "net.json", folder / "page.png"
     done = subprocess.run(
         [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-quic", "--enable-logging=stderr", "--v=0",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--window-size=1100,2600",
-         f"--screenshot={tmp_path / 'page.png'}", (run / "report.html").as_uri()],
+         f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--window-size=1100,2600", *options,
+         f"--screenshot={picture}", page.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "page.png").stat().st_size > 30_000
     assert "CONSOLE" not in done.stderr
+    asked = set(re.findall(r'"url":"(?:https?|wss?|ftp)://([^/"]+)', log.read_text()))
+    assert not {host for host in asked if "google" not in host and "gvt1" not in host}, asked  # the browser's own
+    assert picture.stat().st_size > 20_000
+    return picture
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_chromium_draws_it_without_a_complaint_or_a_request(run: Path, tmp_path: Path) -> None:
+    light = Image.open(drawn_by_chromium(run / "report.html", tmp_path)).convert("L")
+    dark = Image.open(drawn_by_chromium(run / "report.html", tmp_path, "--blink-settings=preferredColorScheme=0"))
+    assert light.getpixel((1, 1)) > 200 > 60 > dark.convert("L").getpixel((1, 1))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_nothing_is_wider_than_a_phone(run: Path, tmp_path: Path) -> None:
+    """The page in a frame of 390 pixels tells how wide it would be; tables scroll in boxes of their own."""
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"<iframe src='{(run / 'report.html').as_uri()}' style='width:390px;height:900px' onload=\""
+        "document.title = this.contentDocument.documentElement.scrollWidth + ' wide'\"></iframe>"
+    )
+    done = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--allow-file-access-from-files", "--hide-scrollbars",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "<title>390 wide</title>" in done.stdout
+
+
+def test_what_cannot_be_reported_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+
+    def told(code: int) -> str:
+        assert cli.main(["report", str(broken)]) == code
+        return capsys.readouterr().err
+
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo\n[1, 2]\n{"step": "x", "loss": null}\n')
+    assert told(0) == ""
+    assert "2 lines of metrics.jsonl cannot be read" in (broken / "report.html").read_text()
+    (broken / "scores.json").write_text('{"scores": [{"encoder": "pretrained", "value": "high"}]}')
+    assert "scores.json: is damaged" in told(74)
+    (broken / "scores.json").unlink()
+    recipe = broken / "recipe.yaml"
+    shutil.rmtree(broken / "checkpoints")
+    assert "has no checkpoint to report on" in told(2)
+    recipe.unlink()
+    assert "is no run folder" in told(2)
+
+
+def test_a_recipe_of_another_release_names_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "knob_of_the_future: 1\n")
+    monkeypatch.setattr("selfsight.finish.__version__", "0.0.1")
+    assert cli.main(["report", str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert "knob_of_the_future" in shown
+    assert f"was written by selfsight {__version__}; this is 0.0.1" in shown
+
+
+def test_a_report_goes_where_it_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "report.html").stat().st_mtime_ns
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "there.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "there.html")
+    assert (run / "report.html").stat().st_mtime_ns == before
+    assert (tmp_path / "there.html").read_text() == (run / "report.html").read_text()
+
+
+def test_a_section_that_fails_is_left_out_with_its_reason(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> None:
+        raise DataError("the disk is gone")
+
+    monkeypatch.setattr("selfsight.report.bank_of", fail)
+    made = report_again(run, run / "other.html").read_text()
+    assert "Left out: neighbours: the disk is gone" in made
+    assert "What it finds alike" not in made
+    assert "source image" in made
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-2, 1e6))
@@ -125,8 +221,40 @@ def test_a_constant_line_is_drawn(value: float) -> None:
 def test_points_that_are_not_finite_are_left_out_and_many_are_thinned() -> None:
     assert line_chart([Series("x", [(1, float("nan"))])]) == ""
     drawn = line_chart([Series("x", [(i, float(i % 7)) for i in range(5000)])])
-    assert drawn.count("<circle") <= 402
+    assert drawn.count(" ", drawn.index(' d="')) < 2.2 * MOST_POINTS + 500
+    assert drawn.count("<circle") <= 62
     assert "at step 4,999" in drawn
+
+
+def test_later_is_right_and_more_is_up() -> None:
+    drawn = line_chart([Series("a", [(0, 0.0), (10, 1.0)]), Series("b", [(10, 0.5)], colour=6)])
+    first, last, other = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    assert first == (46.0, 174.0)
+    assert last == (408.0, 12.0)
+    assert other == (408.0, 93.0)
+    assert 'class="line c0"' in drawn and 'class="line c6"' in drawn
+
+
+def test_one_point_is_seen() -> None:
+    drawn = line_chart([Series("knn", [(500, 89.5)])], " %")
+    assert 'class="dot c0 shown"' in drawn
+    assert "knn 89.5 % at step 500" in drawn
+    assert "shown" in line_chart([Series("floor", [(500, 89.5)], dashed=True)])
+    assert drawn.count('class="tick"') >= 4
+
+
+def test_all_that_metrics_hold_is_drawn_and_nothing_twice() -> None:
+    line = {"step": 1, "epoch": 0.1, "loss": 2.0, "loss/a": 1.0, "loss/a/floor": 3.0, "loss/same": 2.0, "watch/z/std": 1.0,
+            "watch/z/cosine": 0.1, "watch/z/rank": 3.0, "alpha": 1.1, "knn": 50.0, "lr": 0.1, "novelty": 7.0, "device_hours": 1.0,
+            "slowest_rank": 0, "slowest_wait": 0.1, "word": "x", "flag": True}  # fmt: skip
+    lines = numbers([line, {"step": 2}, {"loss": 1.0}])
+    assert len(lines) == 1
+    titles = [chart.title for chart in charts(lines)]
+    assert titles == ["Loss", "a", "Spread of z", "RankMe of z", "Online kNN", "alpha-ReQ", "Learning rate", "Slowest rank's wait", "novelty"]  # fmt: skip
+    assert len({name for curve in curves(lines) for name in curve.fields}) == sum(len(c.fields) for c in curves(lines))
+    assert {chart.title: chart.last for chart in charts(lines)}["Online kNN"] == "50 %"
+    back = numbers([{"step": 3, "loss": 1.0}, {"step": 1, "loss": 2.0}])
+    assert [line["step"] for line in back] == [1, 3]
 
 
 def test_numbers_are_short() -> None:

@@ -4,9 +4,12 @@ from html import escape
 from math import ceil, floor, isfinite, log10
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 420, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28
-MOST_POINTS = 400
+WIDTH, HEIGHT = 420, 200
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 26
+MOST_POINTS = 400  # of a line
+MOST_TOLD = 60  # points of a line that tell their value
+FEW = 12  # points that are drawn as dots beside their line
+COLOURS = 8
 
 
 class Series(NamedTuple):
@@ -16,48 +19,81 @@ class Series(NamedTuple):
     points: list[tuple[float, float]]
     """(x, y), x ascending; values that are not finite are left out."""
     dashed: bool = False
+    colour: int | None = None
+    """Which of the page's colours; None: by its place among the series."""
 
 
-def line_chart(series: list[Series], unit: str = "", label: str = "") -> str:
-    """An SVG of one or several lines over the training steps; each point tells its value when hovered."""
-    series = [s._replace(points=_thin([p for p in s.points if isfinite(p[1])])) for s in series]
+def line_chart(series: list[Series], unit: str = "", label: str = "", x: str = "step") -> str:
+    """An SVG of one or several lines over the training steps, or over `x`; points tell their value when hovered."""
+    finite = [[p for p in s.points if isfinite(p[0]) and isfinite(p[1])] for s in series]
+    most = max(MOST_TOLD, MOST_POINTS * 2 // max(1, len(series)))
+    series = [
+        s._replace(points=_thin(points, min(MOST_POINTS, most)), colour=i if s.colour is None else s.colour)
+        for i, (s, points) in enumerate(zip(series, finite, strict=True))
+    ]
     series = [s for s in series if s.points]
     if not series:
         return ""
     xs, ys = [[p[axis] for s in series for p in s.points] for axis in (0, 1)]
     y_ticks, x_ticks = ticks(min(ys), max(ys)), ticks(min(xs), max(xs), inside=True)
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
-    y_low, y_high = y_ticks[0], y_ticks[-1]
+    frame = Frame(min(xs), max(xs), y_ticks[0], y_ticks[-1])
+    drawn = [*frame.grid(x_ticks, y_ticks, x), *(mark for s in series for mark in _marks(s, frame, unit, x))]
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        up = (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+class Frame(NamedTuple):
+    """What of the plane a chart shows."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point lies in the picture; one alone in the middle."""
+        wide = self.x_high - self.x_low
+        across = ((x - self.x_low) / wide if wide > 1e-9 else 0.5) * (WIDTH - LEFT - RIGHT)
+        up = (y - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
-    drawn = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for y in y_ticks:
-        _, down = at(x_low, y)
-        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}"/>')
-        drawn.append(f'<text class="tick" x="{LEFT - 6}" y="{down + 3.5}" text-anchor="end">{number(y)}</text>')
-    for x in x_ticks:
-        across, _ = at(x, y_low)
-        drawn.append(f'<text class="tick" x="{across}" y="{HEIGHT - 9}" text-anchor="middle">{number(x)}</text>')
-    for i, line in enumerate(series):
-        path = " ".join(f"{'ML'[j > 0]}{x} {y}" for j, (x, y) in enumerate(at(*p) for p in line.points))
-        drawn.append(f'<path class="line c{i % 4}{" dashed" if line.dashed else ""}" d="{path}"/>')
-        if not line.dashed:
-            for x, y in line.points:
-                across, down = at(x, y)
-                told = f"{line.name} {number(y)}{unit} at step {x:,.0f}"
-                drawn.append(
-                    f'<circle class="dot c{i % 4}" cx="{across}" cy="{down}" r="4"><title>{escape(told)}</title></circle>'
-                )
-    return "".join([*drawn, "</svg>"])
+    def grid(self, x_ticks: list[float], y_ticks: list[float], x_name: str) -> list[str]:
+        """Lines across, and the numbers at them."""
+        drawn = [f'<text class="tick" x="{LEFT - 7}" y="{HEIGHT - 8}" text-anchor="end">{escape(x_name)}</text>']
+        for y in y_ticks:
+            _, down = self.at(self.x_low, y)
+            drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}"/>')
+            drawn.append(f'<text class="tick" x="{LEFT - 7}" y="{down + 3.5}" text-anchor="end">{number(y)}</text>')
+        for x in x_ticks:
+            across, _ = self.at(x, self.y_low)
+            anchor = "end" if across > WIDTH - RIGHT - 12 else "start" if across < LEFT + 12 else "middle"
+            drawn.append(f'<text class="tick" x="{across}" y="{HEIGHT - 8}" text-anchor="{anchor}">{number(x)}</text>')
+        return drawn
+
+
+def _marks(line: Series, frame: Frame, unit: str, x: str) -> list[str]:
+    """The line itself, and dots that tell their value: seen where there are few, else only when hovered."""
+    colour = f"c{(line.colour or 0) % COLOURS}"
+    path = " ".join(f"{'ML'[j > 0]}{x} {y}" for j, (x, y) in enumerate(frame.at(*p) for p in line.points))
+    drawn = [f'<path class="line {colour}{" dashed" if line.dashed else ""}" d="{path}"/>']
+    if line.dashed and len(line.points) > 1:
+        return drawn
+    shown = " shown" if len(line.points) <= FEW else ""
+    every = -(-len(line.points) // MOST_TOLD)
+    for at, y in [*line.points[:-1:every], line.points[-1]]:
+        across, down = frame.at(at, y)
+        told = escape(f"{line.name} {number(y)}{unit} at {x} {at:,.10g}")
+        size = 2.6 if shown else 5
+        drawn.append(
+            f'<circle class="dot {colour}{shown}" cx="{across}" cy="{down}" r="{size}"><title>{told}</title></circle>'
+        )
+    return drawn
 
 
 def ticks(low: float, high: float, count: int = 4, inside: bool = False) -> list[float]:
     """About `count` round numbers that span [low, high], or that lie inside it."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
+        if inside:
+            return [low]
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     raw = (high - low) / count
     power = 10.0 ** floor(log10(raw))
@@ -75,13 +111,13 @@ def number(value: float) -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     if abs(value) >= 10_000:
-        return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
+        return f"{value / 1e6:.4g}M" if abs(value) >= 1e6 else f"{value / 1e3:.4g}k"
     return f"{value:.4g}"
 
 
-def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS, each the mean of its neighbours; the last point is kept as it is."""
-    size = -(-len(points) // MOST_POINTS)
+def _thin(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many and the last, each the mean of its neighbours; the last point is kept as it is."""
+    size = -(-len(points) // most)
     if size <= 1:
         return points
     groups = [points[i : i + size] for i in range(0, len(points) - 1, size)]

@@ -210,8 +210,15 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--key", help="which part of it, if it holds several (model, teacher, ...; they are listed)")
     one.add_argument("--prefix", default="", help="take the tensors whose names start so, without it (module.)")
 
-    one = _command(commands, "report", _report, "write report.html of a run again")
-    one.add_argument("run_dir", type=Path, help="a run folder")
+    one = _command(commands, "report", _report, "write report.html of a run again, or a page that compares runs")
+    one.usage = "selfsight report RUN [RUN ...] [--out FILE] [--plugin MODULE]"
+    one.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder; several are compared (up to 8)")
+    one.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page to write (default: RUN/report.html; of several runs: compare.html)",
+    )
     one.add_argument(
         "--plugin", metavar="MODULE", help="a module with the run's objective, as it was given to pretrain"
     )
@@ -491,9 +498,13 @@ def _import_weights(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from selfsight.comparison import compare
     from selfsight.finish import report_again
 
-    print(report_again(options.run_dir))
+    if len(options.runs) == 1:
+        print(report_again(options.runs[0], options.out))
+    else:
+        print(compare(options.runs, options.out or "compare.html"))
     return 0
 
 

@@ -60,7 +60,7 @@ def _finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> d
         scores = _scores(parts, device, workers, ranks)
     if told := replaced(folder):
         console.say(f"warning: {told} ({folder / 'quarantine.jsonl'})")
-    write_report(parts, scores["scores"], device)
+    write_report(parts, scores, device)
     facts = facts_of(folder)._replace(scores=tuple(scores["scores"]))
     write_card_again(parts.scored, folder / "encoder", facts)
     write_atomically(scores_file, json.dumps(scores, indent=1))
@@ -97,17 +97,30 @@ def read_scores(path: Path) -> dict[str, Any]:
     return found | {"scores": rows}
 
 
-def report_again(folder: Path) -> Path:
-    """Write the report of a run from what its folder holds.
+def report_again(folder: str | Path, out: Path | None = None) -> Path:
+    """Write the report of a run, as far as it has come, from what its folder holds: into it, or to `out`.
 
     Raises:
-        UsageError: not a run folder, or one without a checkpoint.
+        UsageError: not a run folder, one without a checkpoint, or one that another release wrote and this cannot read.
     """
-    recipe = load(folder / "recipe.yaml", {"run_dir": str(folder)})
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise UsageError(f"{folder}: is no run folder (no {folder / 'recipe.yaml'})")
     newest, _ = checkpoint.newest(folder / "checkpoints")
     if newest is None:
-        raise UsageError(f"{folder}: has no checkpoint to report on")
-    parts = assemble(recipe, torch.device("cpu"))
-    parts.restore(checkpoint.load(newest), str(folder))
+        raise UsageError(
+            f"{folder}: has no checkpoint to report on; `selfsight pretrain {folder / 'recipe.yaml'}` writes one after its first step"
+        )
+    saved = checkpoint.load(newest)
+    try:
+        recipe = load(folder / "recipe.yaml", {"run_dir": str(folder)})
+    except UsageError as error:
+        release = saved.state.get("version", "?")
+        if release == __version__:
+            raise
+        raise UsageError(f"{error}\n{folder} was written by selfsight {release}; this is {__version__}") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = assemble(recipe, device)
+    parts.restore(saved, str(folder))
     scores = folder / "scores.json"
-    return write_report(parts, read_scores(scores)["scores"] if scores.exists() else [], torch.device("cpu"))
+    return write_report(parts, read_scores(scores) if scores.exists() else {}, device, out)

@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from selfsight import console
+from selfsight.cost import NOTHING, Energy, Spent
 from selfsight.errors import UsageError
 from selfsight.faults import faultpoint
 
 # Wall-clock fields: the only ones in which a resumed run's lines differ from an uninterrupted run's.
-TIMING = ("images_per_second", "data_wait", "memory", "slowest_rank", "slowest_wait")
+TIMING = ("images_per_second", "data_wait", "memory", "device_hours", "energy_kwh", "slowest_rank", "slowest_wait")
 BEHIND = 0.25  # share of a step by which one rank must wait longer than the others to be named
 
 
@@ -89,10 +90,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Meter:
-    """Images per second, share of time spent waiting for data, and peak memory, since the last line."""
+    """Images per second, share of time spent waiting for data, and peak memory, since the last line; cost since the start.
 
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        self.batch_size, self.device = batch_size, device
+    Args:
+        before: what the run had cost before this process.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device, before: Spent = NOTHING) -> None:
+        self.batch_size, self.device, self.spent = batch_size, device, before
+        self.energy, self.counted = Energy(device), time.perf_counter()
         self.told = False
         self.restart()
 
@@ -117,15 +123,19 @@ class Meter:
     def step(self) -> None:
         """One optimizer step is done."""
         self.steps += 1
+        self.energy.look()
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The fields of TIMING, and with several ranks which of them waits longest for its data; the count begins anew."""
         spent = time.perf_counter() - self.since
         rate, wait = self.steps * self.batch_size / spent, self.waited / spent
-        waits = accelerator.gather(torch.tensor([self.waited / self.steps], device=self.device)).tolist()
+        told = [self.waited / self.steps, self.energy.read()]
+        table = accelerator.gather(torch.tensor([told], device=self.device)).tolist()
+        waits, joules = [row[0] for row in table], [row[1] for row in table]
         step = spent / self.steps
         self.restart()
         found = {"images_per_second": round(rate, 2), "data_wait": round(wait, 4), "memory": round(self._memory())}
+        found |= self._cost(len(waits), sum(joules))
         if len(waits) == 1:
             return found
         slowest = max(range(len(waits)), key=waits.__getitem__)
@@ -138,6 +148,13 @@ class Meter:
                     "for it: its disk is slow, or train.workers are too few"
                 )
         return found | {"slowest_rank": slowest, "slowest_wait": round(waits[slowest], 4)}
+
+    def _cost(self, ranks: int, joules: float) -> dict[str, float]:
+        """Device-hours, pauses included, and energy, of all that the run has taken so far; NaN is not written."""
+        now = time.perf_counter()
+        hours, energy = self.spent.hours + ranks * (now - self.counted) / 3600, self.spent.energy + joules / 3.6e6
+        self.spent, self.counted = Spent(hours, energy), now
+        return {"device_hours": round(hours, 7), "energy_kwh": round(energy, 7)}
 
     def _memory(self) -> float:
         """Peak memory of this process so far, MiB: the GPU's where training runs on one, else resident memory."""

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -197,15 +198,21 @@ def sync(path: Path) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; lines that a crash cut off or damaged are left out."""
-    found = []
+    return [value for value in _parsed(path) if value is not None]
+
+
+def damaged_lines(path: Path) -> int:
+    """How many lines of a JSON-lines file `read_lines` leaves out."""
+    return sum(value is None for value in _parsed(path))
+
+
+def _parsed(path: Path) -> Iterator[dict[str, Any] | None]:
     for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+            value = None
+        yield value if isinstance(value, dict) else None
 
 
 def cut_lines_after(path: Path, step: int) -> None:

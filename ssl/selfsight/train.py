@@ -17,6 +17,7 @@ from selfsight import checkpoint, console
 from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged, Canonical
 from selfsight.collapse import EVERY, CollapseWatch
+from selfsight.cost import spent_before
 from selfsight.data.feed import feed
 from selfsight.data.loader import HostBatch
 from selfsight.data.placer import sent
@@ -105,11 +106,12 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     recipe, config, steps, folder = parts.recipe, parts.recipe.train, parts.steps, parts.recipe.run_dir
     device, rank, main = accelerator.device, accelerator.process_index, accelerator.is_main_process
     stop, peers = stop or StopRequest(), peers or Peers(accelerator, config.timeout)
+    before = spent_before(folder / "metrics.jsonl")  # then the lines of lost work are cut
     first = resume(parts, accelerator)
     cut = config.deterministic
     backward = Canonical(parts.objective, accelerator, cut) if cut else Averaged(parts.objective, accelerator)
     trained = [parameter for parameter in parts.objective.parameters() if parameter.requires_grad]
-    place, ledger, meter = parts.placer(device), Ledger(folder, rank), Meter(config.batch_size, device)
+    place, ledger, meter = parts.placer(device), Ledger(folder, rank), Meter(config.batch_size, device, before)
     log = MetricsLog(folder / "metrics.jsonl", accelerator)
     saver = Saver(folder / "checkpoints", config.keep, config.keep_every, log.path)
     collapse, divergence = CollapseWatch(config.on_collapse == "stop", parts.past), DivergenceWatch(parts.past)

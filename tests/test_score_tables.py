@@ -175,6 +175,7 @@ def test_a_scale_puts_values_in_order() -> None:
         [Mark("mine", 50.0, 40.0, 60.0, True), Mark("zero", 0.0, 0, 0, False), Mark("all", 100.0, 0, 0, False)]
     )
     assert re.findall(r'cx="([\d.]+)"', drawn) == ["90.0"]
+    assert drawn.index("whisker") > drawn.rindex('class="floor"')  # one's own lies above
     assert re.findall(r'class="floor" x1="([\d.]+)"', drawn) == ["4.0", "176.0"]
     assert re.findall(r'whisker c0" x1="([\d.]+)" x2="([\d.]+)"', drawn) == [("72.8", "107.2")]
 

@@ -42,7 +42,7 @@ from selfsight.eval.dense import (
 )
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.features import CentralCrops, Features
-from selfsight.eval.knn import predict, unit
+from selfsight.eval.knn import held_out, predict, unit
 from selfsight.eval.masked import MaskedCrops, patch_tokens, pixel_tokens, tokens_and_masks
 from selfsight.eval.subject import Options, Subject
 from selfsight.recipe import DataConfig, EncoderConfig
@@ -201,6 +201,23 @@ def test_nothing_is_chosen_on_test(monkeypatch: pytest.MonkeyPatch) -> None:
     again = dense(train, batches, 2)
     assert all(torch.equal(one, two) for one, two in zip(again.linear, honest.linear, strict=True))
     assert seeds == [0, 0, 1]  # the choice, then one fit a seed
+
+
+def test_the_best_on_the_held_out_tenth_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Tensor, list[float]]] = []
+    real = module.score
+
+    def spied(probes: Any, batches: Any, classes: Any) -> Any:
+        found = real(probes, batches, classes)
+        asked.append((batches[0][0], [mean_iou(table) for table in found[0]]))
+        return found
+
+    monkeypatch.setattr(module, "score", spied)
+    tokens, masks = scenes(40, 3, 3.0)
+    found = dense((tokens, masks), [scenes(3, 4)], 1)
+    assert torch.equal(asked[0][0], tokens[held_out(40)[1]])
+    assert len({*asked[0][1]}) > 1
+    assert asked[0][1][HEADS.index((found.rate, found.decay))] == max(asked[0][1])
 
 
 def test_groups_are_held_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:

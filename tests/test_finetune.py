@@ -115,7 +115,20 @@ def test_views_are_crops_of_the_asked_samples(tmp_path: Any) -> None:
 def test_only_images_that_it_knows_are_changed(fields: dict[str, Any], data: dict[str, Any], wanted: bool) -> None:
     config = EncoderConfig(**fields)
     made = preprocessing_of(DataConfig(train="x", **data), config)
-    assert ShardImages(Shards("digits:test"), made, CPU).augments is wanted
+    own = ShardImages(Shards("digits:test"), made, CPU)
+    assert own.augments is wanted
+    assert (own.view.flip == 0) == (made.image_size < 32)
+
+
+def test_each_draw_is_its_own(tmp_path: Any) -> None:
+    [(image, label)] = pictures(1, (64, 64))
+    write_shards(iter([(image, label)] * 12), tmp_path, "s")
+    own = ShardImages(Shards(str(tmp_path)), make(image_size=32).preprocessing, CPU)
+    [drawn] = own.drawn(np.arange(12), 1, 0)
+    assert len(drawn.images.flatten(1).unique(dim=0)) == 12
+    assert (
+        len({image[:, :2, :2].std().item() == 0 for image in drawn.images}) == 2
+    )  # shears and turns leave a black corner
 
 
 def test_a_score_never_rests_on_a_substitute(tmp_path: Any) -> None:

@@ -158,7 +158,6 @@ def train_classifier(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.eval()
 
 
 @torch.inference_mode()

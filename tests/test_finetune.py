@@ -115,7 +115,20 @@ def test_views_are_crops_of_the_asked_samples(tmp_path: Any) -> None:
 def test_only_images_that_it_knows_are_changed(fields: dict[str, Any], data: dict[str, Any], wanted: bool) -> None:
     config = EncoderConfig(**fields)
     made = preprocessing_of(DataConfig(train="x", **data), config)
-    assert ShardImages(Shards("digits:test"), made, CPU).augments is wanted
+    own = ShardImages(Shards("digits:test"), made, CPU)
+    assert own.augments is wanted
+    assert (own.view.flip == 0) == (made.image_size < 32)
+
+
+def test_each_draw_is_its_own(tmp_path: Any) -> None:
+    [(image, label)] = pictures(1, (64, 64))
+    write_shards(iter([(image, label)] * 12), tmp_path, "s")
+    own = ShardImages(Shards(str(tmp_path)), make(image_size=32).preprocessing, CPU)
+    [drawn] = own.drawn(np.arange(12), 1, 0)
+    assert len(drawn.images.flatten(1).unique(dim=0)) == 12
+    assert (
+        len({image[:, :2, :2].std().item() == 0 for image in drawn.images}) == 2
+    )  # shears and turns leave a black corner
 
 
 def test_a_score_never_rests_on_a_substitute(tmp_path: Any) -> None:
@@ -160,7 +173,7 @@ def test_mixing_is_its_formula(shape: tuple[int, ...]) -> None:
 
 
 def test_a_copy_is_the_same_encoder_with_stochastic_depth() -> None:
-    encoder = make(depth=3)
+    encoder = make(3, depth=3)
     other = copied(encoder).eval()
     x = toy(4)[0]
     assert torch.equal(encoder.embed(x), other.embed(x))
@@ -222,7 +235,7 @@ def test_several_labels_are_questions_of_their_own() -> None:
 def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "mixed_up", lambda images, targets, seed, position: (images, targets))
     [answers] = tune(make(), epochs=16, rates=(1e-2,)).answers
-    assert (answers.argmax(1) == toy(30, 1)[1]).double().mean() > 0.85
+    assert (answers.argmax(1) == toy(30, 1)[1]).double().mean() > 0.7  # a third by chance
 
 
 def test_it_is_a_function_of_the_seed() -> None:
@@ -233,11 +246,11 @@ def test_it_is_a_function_of_the_seed() -> None:
 
 
 def test_the_rate_is_chosen_before_test_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, Any]] = []
+    asked: list[tuple[Any, ...]] = []
 
     class Told(TensorImages):
         def drawn(self, ids: Ids, steps: int, seed: int) -> Iterator[Drawn]:
-            asked.append(("drawn", ids.tolist()))
+            asked.append(("drawn", ids.tolist(), steps))
             return super().drawn(ids, steps, seed)
 
         def shown(self, ids: Ids) -> Iterator[torch.Tensor]:
@@ -253,11 +266,18 @@ def test_the_rate_is_chosen_before_test_is_seen(monkeypatch: pytest.MonkeyPatch)
         yield test
 
     tuned = finetune(make(), Told(train), labels, seen, 4, 2, groups, rates=(1e-9, 3e-3))
-    assert asked == [("drawn", fit), ("shown", choose)] * 2 + [("drawn", list(range(90))), ("test", None)] * 2
+    tries = [("drawn", fit, steps_of(np.array(fit), 1)), ("shown", choose)] * 2  # a quarter of four epochs
+    assert asked == tries + [("drawn", list(range(90)), steps_of(np.arange(90), 4)), ("test", None)] * 2
     assert tuned.rate == 3e-3
     goodness = iter([(0.5, -1.0), (0.5, -0.9)])
     monkeypatch.setattr(module, "_goodness", lambda *given_: next(goodness))
     assert finetune(make(), Told(train), labels, seen, 1, 1, groups, rates=(1e-3, 1e-4)).rate == 1e-4
+
+
+def test_answers_drop_nothing() -> None:
+    images = toy(8)[0]
+    model = Classifier(copied(make(), 0.5), 3, 0)
+    assert torch.equal(answered(model.train(), [images]), model.eval()(images).detach())
 
 
 def test_goodness_is_accuracy_then_the_loss() -> None:

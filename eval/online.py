@@ -57,9 +57,11 @@ class OnlineKNN(Online):
         self.k, self.workers = min(usable_k(config.k, len(self.bank))), workers
 
     def __call__(self, encoder: Encoder, device: torch.device) -> dict[str, float]:
-        """knn (percent), and as `healthy`."""
+        """knn (percent; not where labels are lists), and as `healthy`."""
         features = extract(encoder, self.shards, device, ids=self.ids, workers=self.workers)
         vectors = features.vectors[encoder.pool]
+        if features.multilabel:
+            return healthy(vectors)
         near = unit(vectors)
         voted = predict(near[self.bank], features.labels[self.bank], near[self.queries], (self.k,))[:, 0]
         hits = (voted == features.labels[self.queries]).double().mean().item()

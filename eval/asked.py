@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+from torch.nn import functional as F
 
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
@@ -142,14 +143,26 @@ def require_scorable(data: Scored, evaluators: Sequence[str], k: Sequence[int]) 
     if data.train is None:
         return
     fit = _labels(data.train, data.train_spec)
-    if fit.ndim != held.ndim or fit.shape[1:] != held.shape[1:]:
+    if fit.ndim != held.ndim:
         kinds = [f"lists of {own.shape[1]} classes" if own.ndim == 2 else "one label a sample" for own in (fit, held)]
         raise UsageError(f"{data.train_spec} has {kinds[0]}, {data.test_spec} has {kinds[1]}")
+    if fit.ndim == 2:
+        fit, held = same_width(fit, held)
+        if unknown := (held.any(0) & ~fit.any(0)).nonzero().flatten().tolist():
+            raise UsageError(f"test has {len(unknown)} classes that train lacks: {', '.join(map(str, unknown[:10]))}")
     if fit.ndim == 1:
         dense_labels(fit, held)
     bank, _ = held_out(len(fit), groups=_groups(data.train))
     if "knn" in evaluators:
         usable_k(k, len(bank))
+
+
+def same_width(fit: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists of labels (N, C) and (M, C) of the same classes: those of the set with fewer are padded; single ones as they are."""
+    if fit.ndim == 1 or held.ndim == 1:
+        return fit, held
+    wide = max(fit.shape[1], held.shape[1])
+    return F.pad(fit, (0, wide - fit.shape[1])), F.pad(held, (0, wide - held.shape[1]))
 
 
 def _labels(own: Shards | Stored, spec: str) -> Tensor:

@@ -11,7 +11,7 @@ from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import UsageError
 from selfsight.eval import leaks
-from selfsight.eval.asked import MEAN, ONE, Scored, Source, pools_of, stored_pools
+from selfsight.eval.asked import MEAN, ONE, Scored, Source, pools_of, same_width, stored_pools
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.extracted import Extractor
 from selfsight.eval.features import Features, labels_only
@@ -111,6 +111,8 @@ class Job:
         encoder: Encoder | None = None,
     ) -> Subject:
         fit, held = found[0], found[-1]
+        labels = same_width(fit.labels, held.labels)
+        fit, held = fit._replace(labels=labels[0]), held._replace(labels=labels[1])
         self.groups[data.name] = held.groups
         extractor, shards = self.extractor, None if isinstance(data.test, Stored) else data.shards
         return Subject(

@@ -5,6 +5,7 @@ from typing import Any
 
 Score = Mapping[str, Any]
 Column = tuple[str, str]  # evaluator, metric
+WIDE = 6  # scores that stand side by side
 
 
 def columns_of(scores: Sequence[Score]) -> dict[Column, str]:
@@ -38,6 +39,16 @@ def rows_of(scores: Sequence[Score], columns: Mapping[Column, str]) -> list[list
         cells = [own.get(column) or own.get(("majority", column[1])) for column in columns]
         rows.append([encoder, *map(format_score, cells)])
     return rows
+
+
+def grid(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table; scores down and encoders across where so many scores would not stand side by side."""
+    columns = columns_of(scores)
+    head, rows = ["encoder", *columns.values()], rows_of(scores, columns)
+    if len(columns) <= WIDE or len(rows) > len(columns):
+        return head, rows
+    across = [list(cells) for cells in zip(*rows, strict=True)]
+    return ["score", *across[0]], [[name, *cells] for name, cells in zip(head[1:], across[1:], strict=True)]
 
 
 def format_score(score: Score | None) -> str:
@@ -77,11 +88,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for dataset in datasets_of(scores):
         own = [score for score in scores if score.get("dataset", score.get("test", "")) == dataset]
-        columns = columns_of(own)
+        head, rows = grid(own)
         lines += [f"**{_plain(dataset)}** (test, {own[0]['samples']:,} samples; % unless told)", ""]
-        lines += ["| encoder | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
-        lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in rows_of(own, columns)]
-        lines.append("")
+        lines += [_line(head), "|---|" + "---:|" * (len(head) - 1), *map(_line, rows), ""]
     told = difference_lines(found)
     told += [f"**warning:** {warning}" for warning in found.get("warnings", ())]
     told += [_plain(line) for line in protocols(scores)]
@@ -96,6 +105,10 @@ def protocols(scores: Sequence[Score]) -> list[str]:
         (f"{score['encoder']}, {score.get('dataset', '')}: " if several else "") + score["protocol"] for score in own
     ]
     return list(dict.fromkeys(lines))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_plain, cells))} |"
 
 
 def _plain(text: str) -> str:

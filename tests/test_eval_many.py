@@ -17,7 +17,7 @@ from selfsight.eval.evaluate import evaluate
 from selfsight.eval.evaluators import EVALUATORS, Evaluator
 from selfsight.eval.health import rankme
 from selfsight.eval.subject import Outcome, Subject
-from selfsight.eval.tables import columns_of, difference_lines, format_score, markdown, rows_of
+from selfsight.eval.tables import columns_of, difference_lines, format_score, grid, markdown, rows_of
 from selfsight.recipe import DataConfig, EncoderConfig
 
 
@@ -203,6 +203,18 @@ def test_columns_name_the_metric_where_it_must_be_told() -> None:
     assert rows_of(older, columns_of(older)) == [["p", "90.0"], ["majority", "10.0"]]
     assert format_score(None) == "-"
     assert format_score(row("p", "knn", 94.25, std=0.31, n=3)) == "94.2 ± 0.3"
+
+
+def test_many_scores_stand_below_each_other() -> None:
+    scores = [row(encoder, f"e{n}", n + 10 * m) for m, encoder in enumerate(("p", "q")) for n in range(7)]
+    assert grid(scores[:6]) == (["encoder", *(f"e{n}" for n in range(6))], [["p", *(f"{n}.0" for n in range(6))]])
+    head, rows = grid(scores)
+    assert head == ["score", "p", "q"]
+    assert rows == [[f"e{n}", f"{n}.0", f"{n + 10}.0"] for n in range(7)]
+    found = {"scores": [{**score, "protocol": "how"} for score in scores]}
+    assert markdown(found).splitlines()[2:5] == ["| score | p | q |", "|---|---:|---:|", "| e0 | 0.0 | 10.0 |"]
+    many = [row(f"p{m}", f"e{n}", n) for m in range(9) for n in range(7)]
+    assert grid(many)[0][0] == "encoder"
 
 
 def test_the_line_says_whether_pretraining_helped() -> None:

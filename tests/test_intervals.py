@@ -73,6 +73,11 @@ def test_memory_is_bounded_without_another_answer(monkeypatch: pytest.MonkeyPatc
     assert np.array_equal(draws_of(each, ALONE, 100), whole)
 
 
+def test_a_constant_is_sure_whatever_the_groups() -> None:
+    groups = torch.tensor([3] * 90 + [5] * 9 + [-1])
+    assert np.allclose(draws_of(torch.full((100, 1), 0.4), groups), 0.4)
+
+
 def test_sets_are_drawn_independently() -> None:
     each = hits(0.5)[:, None]
     first, second = (draws_of(each, ALONE, 500, seed)[:, 0] for seed in (0, 1))

@@ -15,6 +15,7 @@ from selfsight import cli
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import DataError, NumericError, SelfsightError, UsageError
+from selfsight.eval.asked import same_width
 from selfsight.eval.embed import embed, embed_to, require_writable_as, stored
 from selfsight.eval.evaluate import evaluate
 from selfsight.eval.features import PLAIN
@@ -173,10 +174,25 @@ def test_sets_that_do_not_go_together_are_refused(encoder: Encoder, tmp_path: Pa
     lists = save(tmp_path, "lists.npz", labels=np.eye(40, 3))
     refused(UsageError, "a.npz has one label a sample, .*lists.npz has lists of 3 classes", None, first, lists)
     refused(UsageError, "k = 99: the bank has only 36 samples", None, first, first, k=(99,))
+    wider = np.zeros((40, 5))
+    wider[:, 4] = 1
+    refused(
+        UsageError, "test has 1 classes that train lacks: 4", None, lists, save(tmp_path, "wider.npz", labels=wider)
+    )
     files = [tmp_path / "x.npz", tmp_path / "y.npz"]
     embed_to(files[0], stored(encoder, "digits:train", None, PLAIN))
     embed_to(files[1], stored(made(1), "digits:test", None, PLAIN))
     refused(DataError, "hold features of different encoders", None, str(files[0]), str(files[1]))
+
+
+def test_lists_of_fewer_classes_are_padded() -> None:
+    fit, held = torch.ones(4, 5, dtype=torch.bool), torch.ones(3, 2, dtype=torch.bool)
+    padded = same_width(fit, held)
+    assert [own.shape for own in padded] == [(4, 5), (3, 5)]
+    assert padded[1].sum(0).tolist() == [3, 3, 0, 0, 0]
+    assert [own.shape for own in same_width(held, fit)] == [(3, 5), (4, 5)]
+    single = torch.arange(4)
+    assert same_width(single, single) == (single, single)
 
 
 def test_embed_from_the_command_line(

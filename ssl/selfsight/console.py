@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from selfsight.eval.tables import columns_of, datasets_of, difference_lines, protocols, rows_of
+from selfsight.eval.tables import datasets_of, difference_lines, grid, protocols
 from selfsight.eval.tables import format_score as format_score
 from selfsight.redact import redact
 
@@ -58,9 +58,9 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None, w
 
 
 def score_table(scores: list[dict[str, Any]], title: str) -> None:
-    """Encoders down, evaluators across, percent with the standard deviation where there is one."""
-    columns = columns_of(scores)
-    table(["encoder", *columns.values()], rows_of(scores, columns), title)
+    """Encoders down, evaluators across (or the other way round, where these are many), with the standard deviation."""
+    head, rows = grid(scores)
+    table(head, rows, title)
 
 
 def show_scores(found: Mapping[str, Any]) -> None:

@@ -146,6 +146,19 @@ def test_twins_are_as_many_as_the_evaluator_wants(folder: Path, label_free: None
     assert floors == {"rank": 1, "knn": 3}
 
 
+def test_a_twin_has_one_seed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def look(subject: Subject) -> list[Outcome]:
+        seen.append((subject.name, subject.options.seeds))
+        return [Outcome((1.0,), "look")]
+
+    for module in ("asked", "job"):
+        monkeypatch.setattr(f"selfsight.eval.{module}.EVALUATORS", {"look": Evaluator(look, "")})
+    evaluate(made(5), str(folder / "a-train"), str(folder / "a-test"), evaluators=("look",))
+    assert seen == [("pretrained", 3), *[("random-init", 1)] * 3, ("pixels", 3)]
+
+
 def test_pools_are_chosen(folder: Path) -> None:
     sets = str(folder / "a-train"), str(folder / "a-test")
     assert "features: cls, fp32" in knn(made(5), *sets, pools=("cls",))["scores"][0]["protocol"]

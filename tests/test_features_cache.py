@@ -132,6 +132,15 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, shards: Shards, runs: list
     assert len(runs) == 2
 
 
+def test_a_file_of_fewer_samples_is_not_taken(tmp_path: Path) -> None:
+    Cache(tmp_path).put("a" * 64, {"mean": torch.zeros(5, 3), "hashes": torch.zeros(4, 72)})
+    assert Cache(tmp_path).get("a" * 64, 5) is None
+    Cache(tmp_path).put("a" * 64, {"mean": torch.zeros(5, 3)})
+    assert Cache(tmp_path).get("a" * 64, 4) is None
+    assert Cache(tmp_path).get("b" * 64, 5) is None
+    assert Cache(tmp_path).get("a" * 64, 5) is not None
+
+
 def test_the_files_not_used_for_longest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path)
     rows = {"mean": torch.zeros(1000, 25)}  # 100 kB

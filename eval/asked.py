@@ -6,21 +6,22 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.nn import functional as F
 
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import DataError, UsageError
 from selfsight.eval.evaluators import EVALUATORS
-from selfsight.eval.features import groups_of, labels_of
-from selfsight.eval.knn import dense_labels, held_out, usable_k
+from selfsight.eval.features import Features, groups_of, labels_of
+from selfsight.eval.knn import usable_k
+from selfsight.eval.labels import held_out, same_classes
+from selfsight.eval.masked import need_masks
 from selfsight.eval.stored import Stored, is_stored, read
 from selfsight.eval.subject import Options
+from selfsight.eval.token_probe import TOKEN_POOLS
 from selfsight.redact import redact
 
 Spec = str | Sequence[str]
 Source = Encoder | str | Path
-TOKEN_POOLS = ("attentive", "ggem")  # of the linear probe, which takes them from tokens itself
 MEAN = "mean"  # the row over several sets
 ONE = "pretrained"  # the row of an encoder that is scored alone
 FLOORS = ("random-init", "pixels", "majority")
@@ -131,38 +132,33 @@ def _same_encoder(fit: Stored, held: Stored, train: str, test: str) -> None:
         raise DataError(f"{train} and {test}: hold features of different encoders, or taken differently")
 
 
-def require_scorable(data: Scored, evaluators: Sequence[str], k: Sequence[int]) -> None:
-    """Ask all that labels and sizes can answer.
+def require_scorable(data: Scored, evaluators: Sequence[str], options: Options) -> None:
+    """Ask all that labels, masks and sizes can answer.
 
     Raises:
-        UsageError: unlabelled samples, one class, classes of test that train lacks, or no k that the bank can serve.
+        UsageError: unlabelled samples, one class, classes of test that train lacks, no k that the bank can serve, images
+            without masks, or what an evaluator asks of labels and groups.
     """
-    if not any(EVALUATORS[name].labels for name in evaluators):
+    if any(EVALUATORS[name].masks for name in evaluators):
+        for own in (data.train, data.test):
+            if isinstance(own, Shards):
+                need_masks(own)
+    scored = [name for name in evaluators if EVALUATORS[name].labels]
+    if not scored:
         return
     held = _labels(data.test, data.test_spec)
+    if held.ndim == 2 and (single := [name for name in scored if not EVALUATORS[name].lists]):
+        able = ", ".join(name for name, known in EVALUATORS.items() if known.lists)
+        raise UsageError(f"{data.test_spec}: has lists of labels, which {', '.join(single)} cannot score; {able} can")
     if data.train is None:
         return
-    fit = _labels(data.train, data.train_spec)
-    if fit.ndim != held.ndim:
-        kinds = [f"lists of {own.shape[1]} classes" if own.ndim == 2 else "one label a sample" for own in (fit, held)]
-        raise UsageError(f"{data.train_spec} has {kinds[0]}, {data.test_spec} has {kinds[1]}")
-    if fit.ndim == 2:
-        fit, held = same_width(fit, held)
-        if unknown := (held.any(0) & ~fit.any(0)).nonzero().flatten().tolist():
-            raise UsageError(f"test has {len(unknown)} classes that train lacks: {', '.join(map(str, unknown[:10]))}")
-    if fit.ndim == 1:
-        dense_labels(fit, held)
-    bank, _ = held_out(len(fit), groups=_groups(data.train))
+    fit, held = same_classes(_labels(data.train, data.train_spec), held)
+    groups = _groups(data.train)
+    bank, _ = held_out(len(fit), groups=groups)
     if "knn" in evaluators:
-        usable_k(k, len(bank))
-
-
-def same_width(fit: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists of labels (N, C) and (M, C) of the same classes: those of the set with fewer are padded; single ones as they are."""
-    if fit.ndim == 1 or held.ndim == 1:
-        return fit, held
-    wide = max(fit.shape[1], held.shape[1])
-    return F.pad(fit, (0, wide - fit.shape[1])), F.pad(held, (0, wide - held.shape[1]))
+        usable_k(options.k, len(bank))
+    for name in scored:
+        EVALUATORS[name].ready(Features({}, fit, groups), Features({}, held, _groups(data.test)), options)
 
 
 def _labels(own: Shards | Stored, spec: str) -> Tensor:

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from selfsight.errors import UsageError
 from selfsight.eval.abmil import HIDDEN, fit_attention, scored
 from selfsight.eval.checks import checked, one_label
+from selfsight.eval.features import Features
 from selfsight.eval.knn import dense_labels, held_out
 from selfsight.eval.linear import Standardizer
 from selfsight.eval.logistic import logistic
-from selfsight.eval.subject import SEEDS, Outcome, Subject
+from selfsight.eval.subject import SEEDS, Options, Outcome, Subject
 
 RATES, DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 10.0)
 MOST_BAGS, MOST_TILES = 20, 50  # of attention that scores.json keeps
@@ -117,6 +118,12 @@ def _labels(
             f"test: all {len(truth):,} bags have the label {int(held.labels[0])}; an AUC needs two classes"
         )
     return labels, truth, classes
+
+
+def require_groups(train: Features, test: Features, options: Options) -> None:
+    """As `bags_of`, of both sets, before any feature is taken."""
+    bags_of(train.labels, train.groups)
+    bags_of(test.labels, test.groups, "test")
 
 
 def bags_of(labels: Tensor, groups: Tensor, name: str = "train") -> Bags:

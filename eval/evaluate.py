@@ -70,7 +70,7 @@ def evaluate(
         if (not encoders) != isinstance(data.test, Stored):
             lack = "holds features; leave the encoder out" if encoders else "holds images; name an encoder"
             raise UsageError(f"{data.test_spec}: {lack}")
-        require_scorable(data, names, k)
+        require_scorable(data, names, options)
     extractor = Extractor(device or own_device(), workers, opened(cache), ranks)
     job = Job(names, options, sets, extractor, say if ranks.main else lambda line: None)
     if encoders:
@@ -87,5 +87,5 @@ def scorable_sets(train: Spec, test: Spec, k: Sequence[int]) -> tuple[Shards, Sh
         UsageError: unlabelled samples, one class, classes of test that train lacks, or no k that the bank can serve.
     """
     data = Scored("", Shards(train), Shards(test), str(train), str(test))
-    require_scorable(data, ("knn",), k)
+    require_scorable(data, ("knn",), Options(k=tuple(k)))
     return data.shards

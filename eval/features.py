@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from selfsight.data.crops import resize_and_crop
@@ -134,28 +133,10 @@ def labels_of(shards: Shards, ids: np.ndarray) -> Tensor:
 def targets_of(shards: Shards, ids: np.ndarray) -> Tensor:
     """Labels of samples as they are: (N,) int64, -1 where there is none; or (N, C) bool where any of the set's is a list.
 
-    C - 1 is the largest label of the whole set: two sets may differ in it, see `same_classes`.
+    C - 1 is the largest label of the whole set: two sets may differ in it, see `labels.same_classes`.
     """
     lists = shards.label_lists()
     return torch.from_numpy(shards.labels[ids].astype(np.int64) if lists is None else lists[ids])
-
-
-def same_classes(fit: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels of train and test as an evaluator wants them: lists (N, C) and (M, C) of the same classes; single ones as they are.
-
-    Raises:
-        UsageError: lists on one side only, or lists of test with classes that none of train has.
-    """
-    if fit.ndim != held.ndim:
-        sides = ("single labels", "lists of labels")
-        raise UsageError(f"train has {sides[fit.ndim - 1]}, test has {sides[held.ndim - 1]}: pack both the same way")
-    if fit.ndim == 1:
-        return fit, held
-    wide = max(fit.shape[1], held.shape[1])
-    fit, held = (F.pad(labels, (0, wide - labels.shape[1])) for labels in (fit, held))
-    if unknown := (held.any(0) & ~fit.any(0)).nonzero().flatten().tolist():
-        raise UsageError(f"test has {len(unknown)} classes that train lacks: {', '.join(map(str, unknown[:10]))}")
-    return fit, held
 
 
 def groups_of(shards: Shards, ids: np.ndarray) -> Tensor:

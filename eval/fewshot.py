@@ -11,9 +11,10 @@ from torch import Tensor
 
 from selfsight import keyed
 from selfsight.errors import UsageError
-from selfsight.eval.checks import checked, device_of_fits
+from selfsight.eval.checks import checked, device_of_fits, one_label
+from selfsight.eval.features import Features
 from selfsight.eval.knn import unit
-from selfsight.eval.subject import Outcome, Subject
+from selfsight.eval.subject import Options, Outcome, Subject
 
 DRAWS = 10  # a single sample a class varies by several points from draw to draw
 SHOTS = (1, 5, 10)
@@ -52,6 +53,12 @@ def fewshot(
             means = torch.stack([fit[order[label][:k]].mean(0) for label in range(classes)])
             hits[k][draw] = nearest(means, held) == truth
     return hits
+
+
+def require_enough(train: Features, test: Features, options: Options) -> None:
+    """As `refuse_rare`, and lists of labels; before any feature is taken."""
+    one_label(train.labels, test.labels)
+    refuse_rare(train.labels, options.shots)
 
 
 def refuse_rare(labels: Tensor, shots: Sequence[int]) -> None:

@@ -11,11 +11,12 @@ from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import UsageError
 from selfsight.eval import leaks
-from selfsight.eval.asked import MEAN, ONE, Scored, Source, pools_of, same_width, stored_pools
+from selfsight.eval.asked import MEAN, ONE, Scored, Source, pools_of, stored_pools
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.extracted import Extractor
 from selfsight.eval.features import Features, labels_only
 from selfsight.eval.kinds import Described, described, floors_of, loaded
+from selfsight.eval.labels import same_width
 from selfsight.eval.scores import Row, differences, majority, of_twins, over_sets, row_of, with_intervals
 from selfsight.eval.stored import Stored
 from selfsight.eval.subject import Options, Subject

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selfsight import keyed
 from selfsight.errors import UsageError
@@ -53,6 +54,36 @@ def check_pairs(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: 
         raise UsageError(f"train's features have the shape {[*train.shape[1:]]} and test's {[*test.shape[1:]]}")
 
 
+def same_width(fit: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists of labels (N, C) and (M, C) of the same classes: those of the set with fewer are padded; single ones as they are."""
+    if fit.ndim == 1 or held.ndim == 1:
+        return fit, held
+    wide = max(fit.shape[1], held.shape[1])
+    return F.pad(fit, (0, wide - fit.shape[1])), F.pad(held, (0, wide - held.shape[1]))
+
+
+def same_classes(fit: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """As `same_width`, after asking whether the labels of train and test can be scored together.
+
+    Raises:
+        UsageError: lists on one side only, or what `dense_labels` raises, of lists, too.
+    """
+    if fit.ndim != held.ndim:
+        sides = ("single labels", "lists of labels")
+        raise UsageError(f"train has {sides[fit.ndim - 1]}, test has {sides[held.ndim - 1]}: pack both the same way")
+    if fit.ndim == 1:
+        dense_labels(fit, held)
+        return fit, held
+    fit, held = same_width(fit, held)
+    _refuse_unknown((held.any(0) & ~fit.any(0)).nonzero().flatten().tolist())
+    return fit, held
+
+
+def _refuse_unknown(classes: list[int]) -> None:
+    if classes:
+        raise UsageError(f"test has {len(classes)} classes that train lacks: {', '.join(map(str, classes[:10]))}")
+
+
 def dense_labels(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
     """Labels as 0 to C - 1 in the order of train's classes, and C; they may be any integers >= 0 before.
 
@@ -69,6 +100,5 @@ def dense_labels(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, int]:
     classes, dense = train.unique(return_inverse=True)
     if len(classes) == 1:
         raise UsageError(f"all {len(train):,} samples of train have the label {int(classes)}; scores need two classes")
-    if unknown := sorted(set(test.tolist()) - set(classes.tolist())):
-        raise UsageError(f"test has {len(unknown)} classes that train lacks: {', '.join(map(str, unknown[:10]))}")
+    _refuse_unknown(sorted(set(test.tolist()) - set(classes.tolist())))
     return dense, torch.searchsorted(classes, test), len(classes)

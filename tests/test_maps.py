@@ -63,7 +63,7 @@ def test_attention_is_the_last_blocks_from_what_the_feature_is_made_of(pool: str
     encoder = make(pool=pool, class_token=True)
     images = inputs(encoder)
     with torch.no_grad():
-        x = encoder._begin(images)[0]
+        x = encoder.begin(images)[0]
         block: Any = encoder.blocks[1]
         x = encoder.blocks[0](x)
         q, k, _ = rearrange(block.attn.qkv(block.norm1(x)), "b t (three h d) -> three b h t d", three=3, h=2)

@@ -86,11 +86,12 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path) -> None:
         assert wanted in text, wanted
     rows = 8 + 1 + 2 + 1  # source and views, mean attention, its two heads, tokens
     assert page.tags.count("img") == 8 * rows + 6 * 7
-    # The loss, parts and their terms, the watch, the rest, a scale for each of two evaluators, two maps.
-    assert page.tags.count("svg") == 1 + 7 + 2 + 7 + 2 + 2
+    # The loss, parts and their terms, the watch, the rest, a scale for each of two evaluators, a confusion matrix, attention
+    # distance, two maps.
+    assert page.tags.count("svg") == 1 + 7 + 2 + 8 + 2 + 1 + 1 + 2
     assert len(re.findall(r'class="line[^"]* dashed"', text)) == 2  # the floors of reconstruction and rotation
     for score in json.loads((run / "scores.json").read_text())["scores"]:
-        assert f"{score['value']:.1f}" in text
+        assert (f"{score['value']:.1f}" if score["unit"] == "%" else f"{score['value']:.3g}") in text
         assert score["encoder"] != "pretrained" or html.escape(score["protocol"]) in text
     assert page.lacking == []
     again = (run / "report.html").read_text()

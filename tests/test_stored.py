@@ -15,10 +15,10 @@ from selfsight import cli
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import DataError, NumericError, SelfsightError, UsageError
-from selfsight.eval.asked import same_width
 from selfsight.eval.embed import embed, embed_to, require_writable_as, stored
 from selfsight.eval.evaluate import evaluate
 from selfsight.eval.features import PLAIN
+from selfsight.eval.labels import same_width
 from selfsight.eval.stored import read
 from selfsight.recipe import DataConfig, EncoderConfig
 
@@ -172,7 +172,7 @@ def test_sets_that_do_not_go_together_are_refused(encoder: Encoder, tmp_path: Pa
     new = save(tmp_path, "new.npz", labels=np.arange(40) % 3)
     refused(UsageError, "test has 1 classes that train lacks: 2", None, first, new)
     lists = save(tmp_path, "lists.npz", labels=np.eye(40, 3))
-    refused(UsageError, "a.npz has one label a sample, .*lists.npz has lists of 3 classes", None, first, lists)
+    refused(UsageError, "train has single labels, test has lists of labels", None, first, lists)
     refused(UsageError, "k = 99: the bank has only 36 samples", None, first, first, k=(99,))
     wider = np.zeros((40, 5))
     wider[:, 4] = 1

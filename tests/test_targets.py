@@ -35,7 +35,8 @@ from selfsight.data.shards import Shards
 from selfsight.data.split import split
 from selfsight.data.targets import MASK, Targets, checksum, decode_mask, pack, parse_list, read_targets, table
 from selfsight.errors import DataError, UsageError
-from selfsight.eval.features import labels_of, same_classes, targets_of
+from selfsight.eval.features import labels_of, targets_of
+from selfsight.eval.labels import same_classes
 
 
 def png(array: np.ndarray[Any, Any], mode: str | None = None) -> bytes:
@@ -547,7 +548,9 @@ def test_both_sides_get_the_same_classes() -> None:
         same_classes(held, fit)
     with pytest.raises(UsageError, match="train has lists of labels, test has single labels"):
         same_classes(fit, torch.tensor([1]))
-    single = torch.tensor([1, 5]), torch.tensor([9])
+    with pytest.raises(UsageError, match="test has 1 classes that train lacks: 9"):
+        same_classes(torch.tensor([1, 5]), torch.tensor([9]))
+    single = torch.tensor([1, 5]), torch.tensor([5])
     assert same_classes(*single) == single
 
 

@@ -24,10 +24,12 @@ __version__ = "0.1.0"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
+    from selfsight.comparison import compare
     from selfsight.encoder import Encoder
     from selfsight.eval.embed import embed
     from selfsight.eval.evaluate import evaluate
     from selfsight.export import export, load_encoder
+    from selfsight.finish import report_again
     from selfsight.recipe import Recipe
     from selfsight.train import pretrain
 
@@ -35,13 +37,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "Encoder": "selfsight.encoder",
     "Recipe": "selfsight.recipe",
+    "compare": "selfsight.comparison",
     "embed": "selfsight.eval.embed",
     "evaluate": "selfsight.eval.evaluate",
     "export": "selfsight.export",
     "load_encoder": "selfsight.export",
     "pretrain": "selfsight.train",
+    "report_again": "selfsight.finish",
 }
-__all__ = ["Encoder", "Recipe", "embed", "evaluate", "export", "load_encoder", "pretrain"]
+__all__ = ["Encoder", "Recipe", "compare", "embed", "evaluate", "export", "load_encoder", "pretrain", "report_again"]
 
 
 def __getattr__(name: str) -> Any:

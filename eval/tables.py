@@ -61,8 +61,11 @@ def format_score(score: Score | None) -> str:
 
 
 def difference_lines(found: Mapping[str, Any]) -> list[str]:
-    """Whether pretraining helped, a line for each score: `knn: +63.8 points over random-init (95 %: 60.1 to 67.0)`."""
-    told = found.get("differences", ())
+    """Whether pretraining helped, a line for each score: `knn: +63.8 points over random-init (95 %: 60.1 to 67.0)`.
+
+    Of percentages, where more is better: of the rest the table is enough. What does not look like a difference is left out.
+    """
+    told = [difference for difference in found.get("differences") or () if _is_difference(difference)]
     encoders, datasets = ({difference.get(key) for difference in told} for key in ("encoder", "dataset"))
     lines = []
     for difference in told:
@@ -73,13 +76,20 @@ def difference_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _is_difference(given: Any) -> bool:
+    if not isinstance(given, Mapping) or given.get("unit") != "%" or not isinstance(given.get("value"), int | float):
+        return False
+    interval = given.get("interval")
+    ends = (
+        isinstance(interval, Sequence) and len(interval) == 2 and all(isinstance(end, int | float) for end in interval)
+    )
+    return (interval is None or ends) and {"encoder", "over", "evaluator", "metric", "dataset"} <= set(given)
+
+
 def _difference(difference: Mapping[str, Any]) -> str:
-    percent, interval = difference["unit"] == "%", difference.get("interval")
-    shown = "{:.1f}" if percent else "{:.3g}"
-    sign = "+" if difference["value"] >= 0 else "-"
-    value = sign + shown.format(abs(difference["value"])) + (" points" if percent else "")
-    sure = f" (95 %: {shown.format(interval[0])} to {shown.format(interval[1])})" if interval else ""
-    return f"{value} over {difference['over']}{sure}"
+    interval = difference.get("interval")
+    sure = f" (95 %: {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
+    return f"{difference['value']:+.1f} points over {difference['over']}{sure}"
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ from selfsight.errors import StorageError
 from selfsight.marks import Mark, dots, matrix, scatter, strip
 from selfsight.score_tables import (
     Score,
-    differences,
     health_tables,
     scores_of,
     tables,
@@ -84,21 +83,10 @@ def test_damaged_scores_are_told(found: Row) -> None:
         scores_of(found)
 
 
-def test_differences_and_warnings_are_lines_if_they_are_there() -> None:
-    told = {"encoder": "pretrained", "evaluator": "knn", "metric": "accuracy", "over": "random-init", "value": 63.84}
-    found = {
-        "differences": [
-            told | {"interval": [60.1, 67.0]},
-            told | {"value": -2.0, "metric": "mAP", "over": "pixels"},
-            "x",
-            {},
-        ],
-        "warnings": ["12 of 20"],
-    }
-    assert differences(found) == ["knn: +63.8 over random-init, 95 %: 60.1 to 67.0", "knn mAP: −2.0 over pixels"]
-    assert warnings(found) == ["12 of 20"]
+def test_warnings_are_lines_if_they_are_there() -> None:
+    assert warnings({"warnings": ["12 of 20"]}) == ["12 of 20"]
     assert warnings({"warnings": "one"}) == ["one"]
-    assert differences({}) == warnings({}) == []
+    assert warnings({}) == []
 
 
 def test_the_matrix_is_of_the_strongest_probe_and_names_the_worst_pairs() -> None:

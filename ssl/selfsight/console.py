@@ -69,12 +69,11 @@ def show_scores(found: Mapping[str, Any]) -> None:
     measured = [
         score for score in scores if score.get("unit", "%") == "%"
     ] or scores  # of the others the table is enough
-    differences = [one for one in found.get("differences", ()) if one["unit"] == "%"]
     for dataset in datasets_of(scores):
         own = [score for score in scores if score.get("dataset", score["test"]) == dataset]
         percent = all(score.get("unit", "%") == "%" for score in own)
         score_table(own, f"{dataset}, % correct" if percent else dataset)
-    for line in [*difference_lines({"differences": differences}), *protocols(measured)]:
+    for line in [*difference_lines(found), *protocols(measured)]:
         say(line)
     for warning in found.get("warnings", ()):
         say(f"warning: {warning}")

@@ -18,6 +18,7 @@ from selfsight.cost import cost
 from selfsight.curves import Chart, charts, numbers
 from selfsight.details import confusion, detail_charts
 from selfsight.errors import SelfsightError
+from selfsight.eval.tables import difference_lines
 from selfsight.export import timm_line
 from selfsight.maps import attention_strips, token_strips
 from selfsight.neighbours import Neighbours, agreement, bank_of, legend, map_charts, neighbours
@@ -27,7 +28,6 @@ from selfsight.redact import redact
 from selfsight.run_folder import damaged_lines, read_lines, write_atomically
 from selfsight.score_tables import (
     FLOORS,
-    differences,
     health_tables,
     scores_of,
     tables,
@@ -77,7 +77,7 @@ def write_report(parts: Parts, found: Mapping[str, Any], device: torch.device, o
         health=health_tables(scores),
         details=detail_charts(scores),
         confusion=confusion(scores),
-        differences=differences(found),
+        differences=difference_lines(found),
         warnings=warnings(found),
         floors=FLOORS,
         cost=cost(lines, parts.recipe.train.batch_size),

@@ -1,6 +1,6 @@
 """Scores as tables that a phone can show: a row for each evaluator's metric, a column for each encoder, floors beside it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, NamedTuple
@@ -173,23 +173,6 @@ def _strip(scores: Iterable[Score]) -> str:
 
 def _number(value: float, unit: str) -> str:
     return (f"{value:.1f}" if unit == "%" else f"{value:.3g}").replace("-", "−")
-
-
-def differences(found: Mapping[str, Any]) -> list[str]:
-    """What scores.json says of differences over the floors, a line for each; other shapes say nothing."""
-    lines = []
-    for row in found.get("differences") or ():
-        if not isinstance(row, Mapping) or not isinstance(row.get("value"), int | float):
-            continue
-        interval, metric = row.get("interval"), row.get("metric", "accuracy")
-        name = f"{row.get('evaluator', '')}{'' if metric == 'accuracy' else f' {metric}'}"
-        between = ""
-        if isinstance(interval, Sequence) and len(interval) == 2:
-            between = f", 95 %: {_number(interval[0], '%')} to {_number(interval[1], '%')}"
-        lines.append(
-            f"{name}: {'+' if row['value'] > 0 else ''}{_number(row['value'], '%')} over {row.get('over', '?')}{between}"
-        )
-    return lines
 
 
 def warnings(found: Mapping[str, Any]) -> list[str]:

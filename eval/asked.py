@@ -10,6 +10,7 @@ from torch import Tensor
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import DataError, UsageError
+from selfsight.eval import require_known
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.features import Features, groups_of, labels_of
 from selfsight.eval.knn import usable_k
@@ -55,10 +56,7 @@ def wanted(evaluators: Sequence[str], train: bool) -> tuple[str, ...]:
     Raises:
         UsageError: unknown ones, none, or ones that need a training set where there is none.
     """
-    if unknown := sorted(set(evaluators) - set(EVALUATORS)):
-        raise UsageError(f"no evaluator {', '.join(unknown)}; there are {', '.join(EVALUATORS)}")
-    if not evaluators:
-        raise UsageError(f"no evaluator asked for; there are {', '.join(EVALUATORS)}")
+    require_known(evaluators)
     if lacking := [name for name in evaluators if EVALUATORS[name].train and not train]:
         free = [name for name, known in EVALUATORS.items() if not known.train]
         told = f", or choose of those that need none (--with {','.join(free)})" if free else ""

@@ -8,9 +8,9 @@ import torch
 
 from selfsight.data.shards import Shards
 from selfsight.errors import UsageError
+from selfsight.eval import DEFAULT
 from selfsight.eval.asked import Scored, Source, Spec, encoders_of, require_scorable, sets_of, wanted
 from selfsight.eval.cache import Cache, opened
-from selfsight.eval.evaluators import DEFAULT
 from selfsight.eval.extracted import Extractor
 from selfsight.eval.features import Extraction
 from selfsight.eval.job import Job

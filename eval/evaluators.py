@@ -60,4 +60,3 @@ EVALUATORS: Mapping[str, Evaluator] = {
         run_health, "features without labels: rank, spread, alignment, attention", labels=False, train=False
     ),
 }
-DEFAULT = ("knn", "linear", "health")

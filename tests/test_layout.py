@@ -1,6 +1,7 @@
 """The house itself: what must not shadow Python, what the wheel holds, what the command answers."""
 
 import json
+import os
 import re
 import ssl
 import subprocess
@@ -143,3 +144,12 @@ def test_an_error_is_lines_without_a_traceback(capsys: pytest.CaptureFixture[str
         cli.main(["eval", "x", "--train", "a", "--test", "b", "--wrong", "1"])
     assert stop.value.code == 2
     assert "unrecognized arguments: --wrong" in capsys.readouterr().err
+
+
+def test_the_names_of_evaluators_are_known_before_torch_is() -> None:
+    from selfsight.eval import DEFAULT, NAMES
+    from selfsight.eval.evaluators import EVALUATORS
+
+    assert tuple(EVALUATORS) == NAMES and set(DEFAULT) < set(NAMES)
+    asked = "import sys, selfsight.cli; sys.exit(selfsight.cli.main(['eval', 'x', '--test', 'digits:test', '--with', 'knm']) + 10 * ('torch' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", asked], capture_output=True, env=os.environ).returncode == 2

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from selfsight import __version__
 from selfsight.errors import DataError, SelfsightError, StorageError, UsageError
+from selfsight.eval import DEFAULT, NAMES, require_known
 from selfsight.redact import redact
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--with",
         dest="evaluators",
         metavar="LIST",
-        help="evaluators, such as knn,linear,logistic (default: knn, linear, health); a wrong name lists them all",
+        help=f"evaluators, of {', '.join(NAMES)} (default: {', '.join(DEFAULT)})",
     )
     one.add_argument("--k", metavar="LIST", help="candidate numbers of neighbours (default: 10,20,100,200)")
     one.add_argument("--shots", metavar="LIST", help="labelled samples a class, of fewshot (default: 1,5,10)")
@@ -404,7 +405,10 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _chosen(options: argparse.Namespace) -> dict[str, Any]:
     """What of the protocol was asked for; the rest is evaluate's to say."""
-    given: dict[str, Any] = {"evaluators": options.evaluators.split(",")} if options.evaluators else {}
+    given: dict[str, Any] = {}
+    if options.evaluators:
+        given["evaluators"] = options.evaluators.split(",")
+        require_known(given["evaluators"])
     given |= {name: _numbers(told, f"--{name}") for name in ("k", "shots") if (told := getattr(options, name))}
     return given | ({"epochs": options.epochs} if options.epochs else {})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from selfsight.console import say
+from selfsight.data.classes import numbered, read_classes
 from selfsight.data.decode import open_image
 from selfsight.data.formats import suffix_of
 from selfsight.data.labels import Label, find_masks, read_labels
@@ -33,6 +34,8 @@ class Reading(NamedTuple):
     """A file of labels, which count instead of class folders: see `labels.read_labels`."""
     masks: Path | None = None
     """A folder of masks: see `labels.find_masks`."""
+    classes: Path | None = None
+    """A classes.json, or shards with one, whose numbers class folders get; else they are numbered in the order of their names."""
 
 
 class Folder(NamedTuple):
@@ -78,7 +81,7 @@ def _labels(source: Path, wholes: list[list[Path]], how: Reading) -> tuple[list[
     if how.unlabelled:
         return [], [None] * len(wholes)
     if not how.labels:
-        return _classes(source, wholes, how.clips)
+        return _classes(source, wholes, how)
     names = [(frames[0].parent if how.clips else frames[0]).relative_to(source).as_posix() for frames in wholes]
     return [], read_labels(how.labels, names)
 
@@ -89,13 +92,14 @@ def _by_number(path: Path) -> tuple[Path, list[tuple[int, str]]]:
     return path.parent, [(int(word), "") if word.isdecimal() else (-1, word) for word in words]
 
 
-def _classes(source: Path, wholes: list[list[Path]], clips: bool) -> tuple[list[str], Sequence[int | None]]:
+def _classes(source: Path, wholes: list[list[Path]], how: Reading) -> tuple[list[str], Sequence[int | None]]:
     """Names of the classes, and the number of each whole's; none where any lies in `source` itself."""
-    places = [(frames[0].parent if clips else frames[0]).relative_to(source).parts for frames in wholes]
+    places = [(frames[0].parent if how.clips else frames[0]).relative_to(source).parts for frames in wholes]
     if min(map(len, places)) < 2:
         return [], [None] * len(wholes)
-    names = sorted({parts[0] for parts in places})
-    return names, [names.index(parts[0]) for parts in places]
+    own = [parts[0] for parts in places]
+    names = read_classes(how.classes) if how.classes else sorted(set(own))
+    return names, numbered(own, names, source)
 
 
 def _groups(source: Path, wholes: list[list[Path]], by: str) -> tuple[list[str], list[int | None]]:

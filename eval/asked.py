@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from selfsight.data.classes import require_same_numbers
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
 from selfsight.errors import DataError, UsageError
@@ -150,6 +151,8 @@ def require_scorable(data: Scored, evaluators: Sequence[str], options: Options) 
         raise UsageError(f"{data.test_spec}: has lists of labels, which {', '.join(single)} cannot score; {able} can")
     if data.train is None:
         return
+    if isinstance(data.train, Shards) and isinstance(data.test, Shards):
+        require_same_numbers(data.train, data.test)
     fit, held = same_classes(_labels(data.train, data.train_spec), held)
     groups = _groups(data.train)
     bank, _ = held_out(len(fit), groups=groups)

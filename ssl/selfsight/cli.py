@@ -243,6 +243,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=".csv (path,label) or .json ({path: label}) instead of class folders; a label is 3, or a list as 0;3;7",
     )
     one.add_argument(
+        "--classes",
+        type=Path,
+        metavar="SHARDS",
+        help="number class folders as these shards do (or a classes.json): of a test set as its training set",
+    )
+    one.add_argument(
         "--masks", type=Path, metavar="FOLDER", help="masks of the images (.png, .tif, .npy), by their relative paths"
     )
     one.add_argument("--short-side", type=_count, metavar="PIXELS", help="reduce larger images to this shorter side")
@@ -527,7 +533,9 @@ def _build(options: argparse.Namespace) -> int:
         root=options.root,
         split=options.split,
         download=options.download,
-        reading=Reading(options.unlabelled, options.group_by, options.clips, cut, options.labels, options.masks),
+        reading=Reading(
+            options.unlabelled, options.group_by, options.clips, cut, options.labels, options.masks, options.classes
+        ),
         encoding=Encoding(options.short_side, options.format, options.quality),
         per_shard=options.per_shard,
     )

@@ -25,7 +25,7 @@ def evaluate(
     train: Spec | Mapping[str, Spec] | None = None,
     test: Spec | Mapping[str, Spec] | None = None,
     *,
-    evaluators: Sequence[str] = DEFAULT,
+    evaluators: Sequence[str] | str = DEFAULT,
     k: Sequence[int] = DEFAULT_K,
     shots: Sequence[int] = Options.shots,
     pools: Sequence[str] | None = None,
@@ -60,7 +60,7 @@ def evaluate(
         UsageError: unknown evaluators, unlabelled data, one class, unknown classes, or a k larger than the bank.
         DataError: images that cannot be read; a score never rests on a substitute.
     """
-    names = wanted(evaluators, train is not None)
+    names = wanted(evaluators.split(",") if isinstance(evaluators, str) else evaluators, train is not None)
     extraction = Extraction(tuple(scales), merge)
     options = Options(
         k=tuple(k), shots=tuple(shots), pools=tuple(pools) if pools else None, epochs=epochs, extraction=extraction

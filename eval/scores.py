@@ -115,7 +115,7 @@ def over_sets(by_set: Mapping[str, Sequence[Row]], name: str) -> list[Row]:
     """Rows with the mean over all sets, of the scores that every set has; the interval takes all as drawn anew."""
     found: dict[tuple[str, str, str], list[Row]] = {}
     for rows in by_set.values():
-        for row in rows:
+        for row in (row for row in rows if row.score["unit"] == "%"):  # the mean of two ranks means nothing
             found.setdefault((row.score["encoder"], *row.key), []).append(row)
     return [_mean(parts, name) for parts in found.values() if len(parts) == len(by_set)]
 

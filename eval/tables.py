@@ -38,7 +38,18 @@ def rows_of(scores: Sequence[Score], columns: Mapping[Column, str]) -> list[list
         own = {(score["evaluator"], metric_of(score)): score for score in scores if score["encoder"] == encoder}
         cells = [own.get(column) or own.get(("majority", column[1])) for column in columns]
         rows.append([encoder, *map(format_score, cells)])
-    return rows
+    return [[name, *cells] for name, (_, *cells) in zip(short([row[0] for row in rows]), rows, strict=True)]
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Names of encoders without the folders that all of those have which are in one: checkpoints of a run by their step."""
+    paths = [name.split("/") for name in names if "/" in name]
+    common = 0
+    while (
+        len(paths) > 1 and all(len(path) > common + 1 for path in paths) and len({path[common] for path in paths}) == 1
+    ):
+        common += 1
+    return ["/".join(name.split("/")[common:]) if "/" in name else name for name in names]
 
 
 def grid(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
@@ -108,13 +119,13 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def protocols(scores: Sequence[Score]) -> list[str]:
-    """The line to cite of every score that is no floor, each once, with whose it is where that matters."""
+    """The line to cite of every score that is no floor, each once, with whose it is where others have another."""
     own = [score for score in scores if not score.get("floor") and score.get("protocol") and not score.get("mean_of")]
-    several = len({(score["encoder"], score.get("dataset")) for score in own}) > 1
-    lines = [
-        (f"{score['encoder']}, {score.get('dataset', '')}: " if several else "") + score["protocol"] for score in own
-    ]
-    return list(dict.fromkeys(lines))
+    whose: dict[str, dict[str, None]] = {}
+    for score in own:
+        whose.setdefault(score["protocol"], {})[f"{score['encoder']}, {score.get('dataset', '')}"] = None
+    everybody = {name for names in whose.values() for name in names}
+    return [line if len(names) == len(everybody) else f"{'; '.join(names)}: {line}" for line, names in whose.items()]
 
 
 def _line(cells: Sequence[str]) -> str:

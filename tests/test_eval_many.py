@@ -16,7 +16,7 @@ from selfsight.eval.evaluate import evaluate
 from selfsight.eval.evaluators import EVALUATORS, Evaluator
 from selfsight.eval.health import rankme
 from selfsight.eval.subject import Outcome, Subject
-from selfsight.eval.tables import columns_of, difference_lines, format_score, grid, markdown, rows_of
+from selfsight.eval.tables import columns_of, difference_lines, format_score, grid, markdown, protocols, rows_of, short
 from selfsight.recipe import DataConfig, EncoderConfig
 
 
@@ -259,9 +259,7 @@ def test_markdown_is_a_table_and_what_stands_under_it(folder: Path) -> None:
     assert len(table) == 2 + 5
     assert f"**{folder / 'a-test'}** (test, 30 samples; % unless told)" in lines
     assert "- **warning:** mind the gap" in lines
-    assert (
-        sum(line.startswith("- one|1") or line.startswith("- one\\|1") for line in lines) == 2
-    )  # difference, protocol
+    assert sum(line.startswith(("- one|1", "- one\\|1")) for line in lines) == 1  # difference; one protocol serves both
     assert not any("initialisations" in line for line in lines)
 
 
@@ -310,3 +308,13 @@ def test_older_scores_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_evaluator_is_known_by_its_line() -> None:
     assert all(known.told for known in EVALUATORS.values())
     assert all(known.twins in (1, 3) for known in EVALUATORS.values())
+
+
+def test_names_and_lines_are_as_long_as_they_must_be() -> None:
+    assert short(["runs/a/checkpoints/step-1", "runs/a/checkpoints/step-2", "pixels"]) == ["step-1", "step-2", "pixels"]
+    assert short(["runs/a", "runs/b/encoder", "x"]) == ["a", "b/encoder", "x"]
+    assert short(["runs/a"]) == ["runs/a"] and short(["a/x", "a/x/y"]) == ["x", "x/y"]
+    told = [
+        {"encoder": name, "dataset": "t", "protocol": line} for name, line in (("a", "k=1"), ("b", "k=1"), ("b", "C=2"))
+    ]
+    assert protocols(told) == ["k=1", "b, t: C=2"]

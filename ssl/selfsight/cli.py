@@ -395,6 +395,8 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     given = _extraction(options) | _chosen(options)
+    if options.json == options.markdown == "-":
+        raise UsageError("--json --markdown: both on one output; give one of them a file")
     for name in ("json", "markdown"):
         _require_file(getattr(options, name), name)
     from selfsight.console import say

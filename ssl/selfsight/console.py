@@ -14,6 +14,7 @@ from selfsight.eval.tables import datasets_of, difference_lines, grid, protocols
 from selfsight.eval.tables import format_score as format_score
 from selfsight.redact import redact
 
+MOST_DIFFERENCES = 16  # lines of whether pretraining helped
 _OUT = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -73,7 +74,11 @@ def show_scores(found: Mapping[str, Any]) -> None:
         own = [score for score in scores if score.get("dataset", score["test"]) == dataset]
         percent = all(score.get("unit", "%") == "%" for score in own)
         score_table(own, f"{dataset}, % correct" if percent else dataset)
-    for line in [*difference_lines(found), *protocols(measured)]:
+    told = difference_lines(found)
+    more = [f"... and {len(told) - MOST_DIFFERENCES} more differences (--markdown, --json)"] * (
+        len(told) > MOST_DIFFERENCES
+    )
+    for line in [*told[:MOST_DIFFERENCES], *more, *protocols(measured)]:
         say(line)
     for warning in found.get("warnings", ()):
         say(f"warning: {warning}")

@@ -158,7 +158,7 @@ def require_scorable(data: Scored, evaluators: Sequence[str], options: Options) 
         return
     fit, held = same_classes(_labels(data.train, data.train_spec), held)
     groups = _groups(data.train)
-    held_out(len(fit), groups=groups)
+    held_out(len(fit), groups=groups)  # raises where all are of one group
     for name in scored:
         EVALUATORS[name].ready(Features({}, fit, groups), Features({}, held, _groups(data.test)), options)
 

@@ -230,7 +230,7 @@ def _of_images(subject: Subject) -> list[Outcome]:
     """What needs the encoder again."""
     assert subject.sets
     size = len(subject.sets[1])
-    told = f"{subject.pool}, fp32{subject.plainly}; no labels"
+    told = f"features: {subject.pool}, fp32{subject.plainly}; no labels"
     how = f"alignment: mean |x - y|^2 at length 1 of two views (crop 0.2-1 of the area, flip) of {min(size, ALIGNED)} images"
     made = [Outcome((alignment(*two_views(subject)),), f"health, {how}; {told}", metric="alignment", unit="")]
     if (reach := attention_reach(subject)) is not None:

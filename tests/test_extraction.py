@@ -296,7 +296,7 @@ def test_features_do_not_depend_on_how_many_fit(monkeypatch: pytest.MonkeyPatch)
     encoder, shards, ids = make(image_size=8, patch=2, width=16, depth=1, heads=2), Shards("digits:test"), np.arange(50)
     seen: list[int] = []
     whole = extract(encoder, shards, CPU, ids=ids, advance=seen.append)
-    monkeypatch.setattr("selfsight.eval.features.BATCH_BYTES", 4 * 64 * 20)
+    monkeypatch.setattr("selfsight.eval.features.BATCH_BYTES", 4 * 3 * 64 * 20)
     few = extract(encoder, shards, CPU, ids=ids, advance=seen.append)
     assert seen == [50, 20, 20, 10]
     assert torch.allclose(whole.vectors["mean"], few.vectors["mean"], atol=1e-5)

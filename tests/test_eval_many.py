@@ -12,6 +12,7 @@ from selfsight import cli, console
 from selfsight.data.build import write_shards
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import DataError, StorageError, UsageError
+from selfsight.eval import job
 from selfsight.eval.asked import encoders_of, unique
 from selfsight.eval.evaluate import evaluate
 from selfsight.eval.evaluators import EVALUATORS, Evaluator
@@ -221,11 +222,20 @@ def test_the_callers_encoder_is_as_it_was(folder: Path) -> None:
     assert encoder.training and all(module.training for module in encoder.modules())
 
 
-def test_a_set_is_drawn_alike_whatever_stands_beside_it(folder: Path) -> None:
-    sets = [(str(folder / f"{s}-train"), str(folder / f"{s}-test")) for s in "ab"]
-    beside = by(knn(made(5), {"x": sets[0][0], "y": sets[1][0]}, {"x": sets[0][1], "y": sets[1][1]}))
-    alone = by(knn(made(5), *sets[1]))
-    assert beside["y", "pretrained"]["interval"] == alone[sets[1][1], "pretrained"]["interval"]
+def test_a_set_is_drawn_alike_whatever_stands_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    real = job.with_intervals
+
+    def watched(rows: Any, groups: Any, seed: int) -> Any:
+        seeds.append(seed)
+        return real(rows, groups, seed)
+
+    monkeypatch.setattr(job, "with_intervals", watched)
+    (a, a_test), (b, b_test) = [(str(folder / f"{s}-train"), str(folder / f"{s}-test")) for s in "ab"]
+    knn(made(5), {"x": a, "y": b, "z": a}, {"x": a_test, "y": b_test, "z": a_test})
+    knn(made(5), b, b_test)
+    first, second, third, alone = seeds
+    assert first == third != second == alone
 
 
 def test_differences_are_over_pixels_too(folder: Path) -> None:

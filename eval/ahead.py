@@ -8,12 +8,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _END = object()
+PATIENCE = 1.0  # seconds that a thread has to end; one that still waits for a disk or a worker ends when that comes
 
 
 def ahead(items: Iterable[T], count: int = 2) -> Generator[T, None, None]:
     """The same items, up to `count` of them made before they are asked for.
 
-    An error comes where the item would have. A generator that is closed early leaves no thread behind.
+    An error comes where the item would have. A generator that is closed early leaves no thread behind but one
+    that is in the middle of an item, which it throws away.
     """
     made: queue.Queue[object] = queue.Queue(count)
     over = threading.Event()
@@ -44,4 +46,4 @@ def ahead(items: Iterable[T], count: int = 2) -> Generator[T, None, None]:
             raise failed[0]
     finally:
         over.set()
-        thread.join()
+        thread.join(PATIENCE)

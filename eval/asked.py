@@ -14,7 +14,6 @@ from selfsight.errors import DataError, UsageError
 from selfsight.eval import require_known
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.features import Features, groups_of, labels_of
-from selfsight.eval.knn import usable_k
 from selfsight.eval.labels import held_out, same_classes
 from selfsight.eval.masked import need_masks
 from selfsight.eval.stored import Stored, is_stored, read
@@ -70,16 +69,23 @@ def encoders_of(encoder: Source | Sequence[Source] | Mapping[str, Source] | None
     if encoder is None:
         return {}
     if isinstance(encoder, Mapping):
-        if taken := sorted({*encoder} & {*FLOORS}):
+        names = [redact(str(name)) for name in encoder]
+        if taken := sorted({*names} & {*_floors_of(names)}):
             raise UsageError(f"an encoder cannot be called {taken[0]!r}: that is a floor")
-        return dict(encoder)
+        return dict(zip(unique(names), encoder.values(), strict=True))
     if isinstance(encoder, Encoder | str | Path):
         return {ONE: encoder}
     given = list(encoder)
     if len(given) == 1:
         return {ONE: given[0]}
     names = [f"encoder {n}" if isinstance(one, Encoder) else redact(str(one)) for n, one in enumerate(given, 1)]
-    return dict(zip(unique(names), given, strict=True))
+    taken = _floors_of(names)
+    return dict(zip(unique([*taken, *names])[len(taken) :], given, strict=True))
+
+
+def _floors_of(names: Sequence[str]) -> list[str]:
+    """What rows of floors beside encoders of these names may be called."""
+    return [*FLOORS, *(f"{floor} of {name}" for floor in FLOORS[:2] for name in names)]
 
 
 def sets_of(train: Spec | Mapping[str, Spec] | None, test: Spec | Mapping[str, Spec] | None) -> dict[str, Scored]:
@@ -155,9 +161,7 @@ def require_scorable(data: Scored, evaluators: Sequence[str], options: Options) 
         require_same_numbers(data.train, data.test)
     fit, held = same_classes(_labels(data.train, data.train_spec), held)
     groups = _groups(data.train)
-    bank, _ = held_out(len(fit), groups=groups)
-    if "knn" in evaluators:
-        usable_k(options.k, len(bank))
+    held_out(len(fit), groups=groups)  # raises where all are of one group
     for name in scored:
         EVALUATORS[name].ready(Features({}, fit, groups), Features({}, held, _groups(data.test)), options)
 

@@ -209,9 +209,9 @@ def run(subject: Subject) -> list[Outcome]:
     of = f"{len(found.bags.labels)} bags of test, AUC each class against the rest"
     attention = (
         f"bags: gated attention (ABMIL, L={HIDDEN}), {len(RATES)} rates x {len(DECAYS)} decays; rate {found.rate:g}, decay {found.decay:g} chosen "
-        f"by cross-entropy on a held-out tenth of train's bags, refitted on all of them; {of}; standardised features: {subject.pool}, fp32"
+        f"by cross-entropy on a held-out tenth of train's bags, refitted on all of them; {of}; standardised features: {subject.taken}"
     )
-    mean = f"bags: logistic regression on the means of bags, C={strength:.3g} chosen on a held-out tenth of train's bags; {of}; features: {subject.pool}, fp32"
+    mean = f"bags: logistic regression on the means of bags, C={strength:.3g} chosen on a held-out tenth of train's bags; {of}; features: {subject.taken}"
     chosen, plain = (
         {"rate": found.rate, "decay": found.decay, "pool": subject.pool},
         {"C": strength, "pool": subject.pool},

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from time import time
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from selfsight.errors import UsageError
 from selfsight.processes import sources
 
 BOUND = 10.0  # GiB, unless $SELFSIGHT_FEATURES_GB says otherwise
+ABANDONED = 3600.0  # seconds after which nobody writes a draft any more
 
 
 def default_folder() -> Path:
@@ -70,6 +72,8 @@ class Cache:
     """
 
     folder: Path | None = None
+    bound: int = int(BOUND * 2**30)
+    """Bytes."""
 
     def get(self, key: str, rows: int) -> dict[str, Tensor] | None:
         """The tensors of a key, of so many rows each; None if there are none that are whole."""
@@ -91,8 +95,8 @@ class Cache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors; a disk that is full or not ours is told, and no reason to end."""
-        size, bound = sum(t.numel() * t.element_size() for t in tensors.values()), bound_in_bytes()
-        if self.folder is None or size > bound:
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        if self.folder is None or size > self.bound:
             return
         path = self._path(self.folder, key)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -100,16 +104,23 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(dict(tensors), draft, {"key": key, "crc": _checksum(tensors)})
             draft.replace(path)
-            self._prune(bound)
+            self._prune()
         except (OSError, SafetensorError) as error:
             say(f"warning: features are not kept in {self.folder} ({getattr(error, 'strerror', None) or error})")
         finally:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
 
-    def _prune(self, bound: int) -> None:
-        """Remove what was not used for longest until the rest fits; of what another process removes meanwhile nothing is said."""
+    def _prune(self) -> None:
+        """Remove what was not used for longest until the rest fits, and drafts of processes that were killed.
+
+        Of what another process removes meanwhile nothing is said.
+        """
         assert self.folder is not None
+        for draft in self.folder.glob(".*.tmp"):
+            with suppress(OSError):
+                if time() - draft.stat().st_mtime > ABANDONED:
+                    draft.unlink()
         found = []
         for path in self.folder.glob("*.safetensors"):
             with suppress(OSError):
@@ -117,7 +128,7 @@ class Cache:
                 found.append((status.st_mtime_ns, status.st_size, path))
         left = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if left <= bound:
+            if left <= self.bound:
                 return
             with suppress(OSError):
                 path.unlink()
@@ -140,10 +151,16 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def opened(cache: "Cache | Path | str | bool | None") -> Cache:
-    """What a caller means: a folder, True for the command's own, nothing for none."""
+    """What a caller means: a folder, True for the command's own, nothing for none.
+
+    Raises:
+        UsageError: $SELFSIGHT_FEATURES_GB is no number; asked here, before any feature is taken.
+    """
     if isinstance(cache, Cache):
         return cache
-    return Cache(default_folder() if cache is True else Path(cache) if cache else None)
+    if not cache:
+        return NOWHERE
+    return Cache(default_folder() if cache is True else Path(cache), bound_in_bytes())
 
 
 def source_of(weights: str, extraction: Any, pools: tuple[str, ...], contents: str, **more: Any) -> dict[str, Any]:

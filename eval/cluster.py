@@ -104,7 +104,7 @@ def run(subject: Subject) -> list[Outcome]:
     found = cluster(held, labels, seeds=subject.options.seeds)
     protocol = (
         f"clusters of test without labels: spherical k-means, {len(labels.unique())} clusters, the best of {TRIES} starts; "
-        f"{{}}; features: {subject.pool}, fp32"
+        f"{{}}; features: {subject.taken}"
     )
     chosen = {"pool": subject.pool}
     return [

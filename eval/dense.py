@@ -255,6 +255,7 @@ def _protocol(subject: Subject, found: DenseResult, used: int, tokens: Tensor) -
         + (f", {lost} that train lacks count 0" if lost else "")
         + (f"; {used:,} of {size:,} training images, evenly spaced" if used < size else "")
         + f"; rate {found.rate:g}, decay {found.decay:g} of {len(HEADS)} chosen by mIoU on a held-out tenth of train{grouped}"
+        + (subject.plainly if subject.encoder else "")
     )
 
 

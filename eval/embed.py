@@ -7,7 +7,7 @@ import torch
 
 from selfsight import __version__
 from selfsight.data.shards import Shards
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.errors import UsageError
 from selfsight.eval.asked import TOKEN_POOLS, pools_of
 from selfsight.eval.cache import Cache, key_of, opened, weights_of
@@ -84,7 +84,8 @@ def stored(
         raise UsageError(f"{', '.join(token)}: is learned by the linear probe from tokens; it is no vector to store")
     chosen = pools_of(live, Options(pools=tuple(pools or (live.pool,))))
     extractor = Extractor(device or own_device(), workers, opened(cache), ranks)
-    features = extractor.features(live.to(extractor.device), chosen, shards, extraction)
+    with evaluating(live, extractor.device):
+        features = extractor.features(live, chosen, shards, extraction)
     about = {
         "encoder": "in memory" if isinstance(encoder, Encoder) else redact(str(encoder)),
         "key": key_of({"weights": weights_of(live), "scales": extraction.scales, "merge": extraction.merge})[:16],

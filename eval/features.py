@@ -18,7 +18,7 @@ from selfsight.data.picture import Picture
 from selfsight.data.placer import normalize, unit
 from selfsight.data.samples import LISTED, NONE
 from selfsight.data.shards import Shards
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.errors import DataError, NumericError, UsageError
 from selfsight.eval.ahead import ahead
 from selfsight.eval.extraction import check_extraction, embed, reading_size
@@ -26,7 +26,8 @@ from selfsight.eval.phash import phash
 from selfsight.eval.ranks import ALONE, Ranks
 from selfsight.preprocessing import Preprocessing
 
-BATCH = 256
+BATCH = 256  # images at most
+BATCH_BYTES = 2**29  # of a batch's inputs in float32; 256 images of 384 x 384 in three channels fit
 LONGEST_WAIT = 300.0  # seconds for a batch, before its workers count as frozen
 FEW_BATCHES = 16
 HASHES = "hashes"  # beside the pools, for near duplicates
@@ -83,7 +84,7 @@ class CentralCrops(Dataset[Tensor]):
     def of(cls, shards: Samples, ids: np.ndarray, made: Preprocessing, size: int | None = None) -> "CentralCrops":
         """The view that belongs to an encoder, in its size or another."""
         size = size or made.image_size
-        return cls(shards, ids, size, made.form, made.interpolation, made.crop_pct, BATCH, made.step)
+        return cls(shards, ids, size, made.form, made.interpolation, made.crop_pct, batch_of(made, size), made.step)
 
     def read(self, workers: int, pin: bool) -> DataLoader:
         """All batches in order. Workers take seconds to start: a few batches are read sooner without them."""
@@ -103,6 +104,12 @@ class CentralCrops(Dataset[Tensor]):
                 raise DataError(f"{self.shards.describe(int(sample))}: {error}") from None
             made.append(resize_and_crop(pixels, self.size, self.crop_pct, self.interpolation))
         return torch.from_numpy(np.stack(made)) if made else torch.empty(0)
+
+
+def batch_of(made: Preprocessing, size: int) -> int:
+    """How many images of a side of `size` pixels are in memory at once: of shapes alone, so that ranks and runs agree."""
+    image = 4 * made.channels * made.frames * size**2
+    return max(1, min(BATCH, BATCH_BYTES // image))
 
 
 def labels_of(shards: Shards, ids: np.ndarray) -> Tensor:
@@ -196,19 +203,19 @@ def extract(
     pools = tuple(pools or (encoder.pool,))
     check_extraction(encoder, pools, extraction)
     parts: dict[str, list[Tensor]] = {name: [] for name in (*pools, HASHES)}
-    own = ranks.share(-(-len(ids) // BATCH))
-    mine, size = ids[own.start * BATCH : own.stop * BATCH], reading_size(encoder, extraction)
-    training = encoder.training
-    encoder.eval()
-    for images in prepared(encoder.preprocessing, shards, device, mine, workers, size):
-        for pool, feature in embed(encoder, images, pools, extraction).items():
-            parts[pool].append(feature.float().cpu())
-        parts[HASHES].append(phash(images))
-        advance(len(images))
-    encoder.train(training)
+    size = reading_size(encoder, extraction)
+    batch = batch_of(encoder.preprocessing, size)
+    own = ranks.share(-(-len(ids) // batch))
+    mine = ids[own.start * batch : own.stop * batch]
+    with evaluating(encoder):
+        for images in prepared(encoder.preprocessing, shards, device, mine, workers, size):
+            for pool, feature in embed(encoder, images, pools, extraction).items():
+                parts[pool].append(feature.float().cpu())
+            parts[HASHES].append(phash(images))
+            advance(len(images))
     # Not inference tensors, which a probe could not train on.
     made = {name: torch.cat(part or [torch.empty(0)]).clone() for name, part in parts.items()}
-    vectors = {name: ranks.joined(rows, len(ids), BATCH) for name, rows in made.items()}
+    vectors = {name: ranks.joined(rows, len(ids), batch) for name, rows in made.items()}
     hashes = vectors.pop(HASHES)
     require_finite(vectors, shards.spec)
     return Features(vectors, targets_of(shards, ids), groups_of(shards, ids), hashes)

@@ -115,7 +115,7 @@ def run(subject: Subject) -> list[Outcome]:
         Outcome(
             tuple(100 * own.double().mean(1).numpy()),
             f"few-shot: {k} of train a class{_spread(fit.labels, fit.groups, k)}, {draws} draws; nearest class mean of centred features of length 1 "
-            f"(SimpleShot CL2N); features: {subject.pool}, fp32",
+            f"(SimpleShot CL2N); features: {subject.taken}",
             {"pool": subject.pool},
             f"{k}-shot",
             each=own.float().mean(0),

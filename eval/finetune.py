@@ -98,8 +98,7 @@ def finetune(
         UsageError: fewer than one epoch.
         NumericError: training diverges at every rate, or at the chosen one.
     """
-    if epochs < 1:
-        raise UsageError(f"epochs: {epochs}; fine-tuning takes at least one")
+    check_epochs(epochs)
     several = labels.ndim == 2
     targets = labels.float() if several else F.one_hot(labels).float()
 
@@ -121,6 +120,12 @@ def finetune(
     best = max(tried, key=lambda rate: tried[rate]) if tried else rates[0]
     everything = np.arange(len(labels))
     return Tuned([answered(fitted(everything, best, seed, epochs), test()) for seed in range(seeds)], best)
+
+
+def check_epochs(epochs: int) -> None:
+    """Raise UsageError for fewer than one."""
+    if epochs < 1:
+        raise UsageError(f"epochs: {epochs}; fine-tuning takes at least one")
 
 
 def copied(encoder: Encoder, drop_path: float = DROP_PATH) -> Encoder:
@@ -235,5 +240,5 @@ def _protocol(subject: Subject, rate: float, own: ShardImages) -> str:
     return (
         f"fine-tuning: AdamW, batches of {batch_of(len(subject.train.labels))}, {epochs} epochs, last one; rate {rate:g} of "
         f"{RATES} chosen on {tenth(subject)} in {max(1, epochs // SHORT)} epochs{decay}, warmup and cosine; drop path "
-        f"{DROP_PATH:g}, smoothing {SMOOTHING:g}, {', '.join(changes)}; {subject.pool}, fp32"
+        f"{DROP_PATH:g}, smoothing {SMOOTHING:g}, {', '.join(changes)}; {subject.pool}, fp32{subject.plainly}"
     )

@@ -13,6 +13,7 @@ from selfsight.data.crops import ViewMaker
 from selfsight.data.loader import Batches
 from selfsight.data.placer import normalize
 from selfsight.data.views import View
+from selfsight.encoder import evaluating
 from selfsight.errors import DataError, UsageError
 from selfsight.eval.features import prepared
 from selfsight.eval.knn import unit
@@ -169,7 +170,7 @@ def two_views(subject: Subject, most: int = ALIGNED) -> tuple[Tensor, Tensor]:
         DataError: an image that cannot be read.
     """
     assert subject.encoder and subject.preprocessing and subject.sets
-    made, shards, encoder = subject.preprocessing, subject.sets[1], subject.encoder.eval()
+    made, shards, encoder = subject.preprocessing, subject.sets[1], subject.encoder
     makers = tuple(ViewMaker(VIEW, number, made.image_size, made.interpolation, 0) for number in (0, 1))
     batches = Batches(shards, makers, 0, made.form, BATCH, step=made.step)
     mean, std = made.statistics(subject.device)
@@ -180,7 +181,8 @@ def two_views(subject: Subject, most: int = ALIGNED) -> tuple[Tensor, Tensor]:
         if host.bad:  # a score must not depend on a substitute
             raise DataError(f"{host.bad[0].where}: {host.bad[0].reason}")
         views = [normalize(view.to(subject.device), mean, std, made.values) for view in host.views]
-        parts.append([encoder.embed(view, subject.pool).float().cpu() for view in views])
+        with evaluating(encoder):
+            parts.append([encoder.embed(view, subject.pool).float().cpu() for view in views])
     first, second = (torch.cat(view) for view in zip(*parts, strict=True))
     return first, second
 
@@ -201,7 +203,7 @@ def run_health(subject: Subject) -> list[Outcome]:
     held = subject.held
     if len(held) < 2:
         raise UsageError(f"health compares images with each other; test has {len(held)}")
-    told = f"{len(held):,} test images, {held.shape[1]} dimensions; features: {subject.pool}, fp32; no labels"
+    told = f"{len(held):,} test images, {held.shape[1]} dimensions; features: {subject.taken}; no labels"
     pairs = f" on {PAIRED:,} of them" if len(held) > PAIRED else ""
     rows = [
         ("RankMe", rankme(held), "RankMe: exp of the entropy of the singular values"),
@@ -221,13 +223,14 @@ def run_health(subject: Subject) -> list[Outcome]:
         for name, value, how in rows
         if isfinite(value)
     ]
-    return made + (_of_images(subject, told) if subject.encoder and subject.sets else [])
+    return made + (_of_images(subject) if subject.encoder and subject.sets else [])
 
 
-def _of_images(subject: Subject, told: str) -> list[Outcome]:
+def _of_images(subject: Subject) -> list[Outcome]:
     """What needs the encoder again."""
     assert subject.sets
     size = len(subject.sets[1])
+    told = f"features: {subject.pool}, fp32{subject.plainly}; no labels"
     how = f"alignment: mean |x - y|^2 at length 1 of two views (crop 0.2-1 of the area, flip) of {min(size, ALIGNED)} images"
     made = [Outcome((alignment(*two_views(subject)),), f"health, {how}; {told}", metric="alignment", unit="")]
     if (reach := attention_reach(subject)) is not None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from math import isfinite
 from typing import Any
 
 import torch
 
 from selfsight.data.shards import Shards
-from selfsight.encoder import Encoder, build_encoder
+from selfsight.encoder import Encoder, build_encoder, evaluating
 from selfsight.errors import UsageError
 from selfsight.eval import leaks
 from selfsight.eval.asked import MEAN, ONE, Scored, Source, pools_of, stored_pools
@@ -17,7 +18,7 @@ from selfsight.eval.extracted import Extractor
 from selfsight.eval.features import Features, labels_only
 from selfsight.eval.kinds import Described, described, floors_of, loaded
 from selfsight.eval.labels import same_width
-from selfsight.eval.scores import Row, differences, majority, of_twins, over_sets, row_of, with_intervals
+from selfsight.eval.scores import Row, differences, of_twins, over_sets, row_of, with_intervals
 from selfsight.eval.stored import Stored
 from selfsight.eval.subject import Options, Subject
 from selfsight.preprocessing import Preprocessing
@@ -36,8 +37,8 @@ class Job:
     say: Callable[[str], None]
     rows: dict[str, list[Row]] = field(default_factory=dict)
     groups: dict[str, torch.Tensor] = field(default_factory=dict)
-    floors: dict[str, str] = field(default_factory=dict)
-    """Of every encoder, the name of its random-init row."""
+    floors: dict[str, list[str]] = field(default_factory=dict)
+    """Of every encoder, the names of its floors' rows, random-init first."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -78,7 +79,8 @@ class Job:
 
     def score_encoders(self, encoders: Mapping[str, Source]) -> None:
         """Rows of all encoders, one at a time: the features of several would not fit beside each other."""
-        known = {name: described(source, self.options) for name, source in encoders.items()}
+        sets = [shards for data in self.sets.values() for shards in data.different]
+        known = {name: described(source, self.options, sets) for name, source in encoders.items()}
         self.warn_of_equals()
         for name, source in encoders.items():
             self.say(f"scoring {'the pretrained encoder' if name == ONE else name}")
@@ -92,14 +94,17 @@ class Job:
     def _rows(
         self, name: str, encoder: Encoder, options: Options, evaluators: Sequence[str]
     ) -> Iterator[tuple[Row, Scored]]:
-        extractor, encoder = self.extractor, encoder.to(self.extractor.device)
+        extractor = self.extractor
         pools, weights = pools_of(encoder, options), extractor.weights(encoder)
         for data in self.sets.values():
-            found = [extractor.features(encoder, pools, own, options.extraction, weights) for own in data.different]
-            if self.main:
-                self.warn_of_alike(data, found[0], found[-1])
-                subject = self._subject(name, pools[0], found, options, data, encoder.preprocessing, encoder)
-                yield from ((row, data) for row in self._scored(evaluators, subject))
+            with evaluating(encoder, extractor.device):  # the caller's own is as it was whenever the caller has a row
+                found = [extractor.features(encoder, pools, own, options.extraction, weights) for own in data.different]
+                rows = []
+                if self.main:
+                    self.warn_of_alike(data, found[0], found[-1])
+                    subject = self._subject(name, pools[0], found, options, data, encoder.preprocessing, encoder)
+                    rows = self._scored(evaluators, subject)
+            yield from ((row, data) for row in rows)
 
     def _subject(
         self,
@@ -123,7 +128,7 @@ class Job:
     def _score_twins(self, known: Mapping[str, Described]) -> None:
         """Untrained encoders: one floor for each different architecture, named after the first encoder that has it."""
         floors = floors_of({name: own.twin for name, own in known.items()}, "random-init")
-        self.floors = {name: floors[own.twin][0] for name, own in known.items()}
+        self.floors = {name: [floors[own.twin][0]] for name, own in known.items()}
         count = max(EVALUATORS[name].twins for name in self.evaluators)
         for floor, first in floors.values():
             own = known[first]
@@ -140,22 +145,29 @@ class Job:
     def _score_pixels(self, known: Mapping[str, Described]) -> None:
         """Raw pixels: one floor for each different way to read images."""
         self.say("scoring the floors: raw pixels")
-        for floor, first in floors_of({name: own.pixels for name, own in known.items()}, "pixels").values():
+        floors = floors_of({name: own.pixels for name, own in known.items()}, "pixels")
+        for name, own in known.items():
+            self.floors[name].append(floors[own.pixels][0])
+        for floor, first in floors.values():
             made = known[first].preprocessing
             for data in self.sets.values():
-                found = [self.extractor.pixels(made, own) for own in data.different]
+                found = [self.extractor.pixels(made, shards) for shards in data.different]
                 if self.main:
                     subject = self._subject(floor, "pixels", found, self.options, data, made)
                     for row in self._scored(self.evaluators, subject):
                         self._add(data, replace(row, score=row.score | {"floor": True}))
 
     def _score_majority(self) -> None:
-        if not self.main or not any(EVALUATORS[name].labels and EVALUATORS[name].train for name in self.evaluators):
+        if not self.main:
             return
         for data in self.sets.values():
-            fit, held = (_targets(own) for own in (data.train, data.test) if own is not None)
-            for row in majority(fit, held):
-                self._add(data, row)
+            if data.train is None:
+                continue
+            fit, held = _targets(data.train), _targets(data.test)
+            for name in self.evaluators:
+                for outcome in EVALUATORS[name].floor(fit, held):
+                    row = row_of(name, "majority", outcome)
+                    self._add(data, replace(row, score=row.score | {"floor": True}))
 
     def score_stored(self) -> None:
         """Rows of features that come without a model: of floors only the majority class is left."""
@@ -201,8 +213,8 @@ class Job:
         if not self.main:
             return {"scores": [], "differences": [], "warnings": []}
         done = {
-            name: with_intervals(self.rows.get(name, []), self.groups[name], seed)
-            for seed, name in enumerate(self.sets)
+            name: with_intervals(self.rows.get(name, []), self.groups[name], _seed(data.test))
+            for name, data in self.sets.items()
         }
         if len(done) > 1:
             done[MEAN] = over_sets(done, MEAN)
@@ -216,6 +228,15 @@ class Job:
 
 def _prints(own: Shards | Stored) -> Any:
     return own.prints if isinstance(own, Stored) else leaks.prints_of(own)
+
+
+def _seed(test: Shards | Stored) -> int:
+    """Of what is drawn from a test set: of its images alone, whatever it is called and whatever stands beside it."""
+    if (prints := _prints(test)) is not None:
+        known: bytes = prints.tobytes()
+    else:
+        known = test.contents.encode() if isinstance(test, Shards) else _targets(test).labels.numpy().tobytes()
+    return int.from_bytes(sha256(known).digest()[:6], "big")
 
 
 def _targets(own: Shards | Stored) -> Features:

@@ -117,7 +117,7 @@ def run(subject: Subject) -> list[Outcome]:
     found = lda(subject.fit, fit.labels, subject.held, held.labels, fit.groups)
     protocol = (
         f"LDA: shared covariance, shrinkage {found.shrinkage:g} chosen from {SHRINKAGES} on {tenth(subject)}, refitted on all "
-        f"of it; closed form, float64; standardised features: {subject.pool}"
+        f"of it; closed form in float64; standardised features: {subject.taken}"
     )
     names = fit.labels.unique()
     truth, predicted = torch.searchsorted(names, held.labels), found.scores.argmax(1)

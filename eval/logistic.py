@@ -147,7 +147,7 @@ def run(subject: Subject) -> list[Outcome]:
         f"logistic regression: L2, C={found.strength:.3g} chosen from {len(STRENGTHS)} of {min(STRENGTHS):g} to "
         f"{max(STRENGTHS):g} on {tenth(subject)}, refitted on all of it; L-BFGS to a gradient of {TOLERANCE:g}"
         f"{f', NOT reached within {MOST_ITERATIONS} iterations at C={lacking}' if lacking else ''}; "
-        f"standardised features: {subject.pool}, fp32"
+        f"standardised features: {subject.taken}"
     )
     chosen = {"C": found.strength, "pool": subject.pool}
     if fit.multilabel:

@@ -14,7 +14,7 @@ from selfsight.data.picture import Picture
 from selfsight.data.placer import normalize, unit
 from selfsight.data.shards import Shards
 from selfsight.data.targets import decode_mask
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.errors import DataError, NumericError, UsageError
 from selfsight.eval.features import FEW_BATCHES, LONGEST_WAIT, CentralCrops
 from selfsight.preprocessing import Preprocessing
@@ -103,10 +103,8 @@ def patch_tokens(encoder: Encoder, images: Tensor) -> Tensor:
     Raises:
         UsageError: an encoder of planes, or one whose tokens lie in no square of patches.
     """
-    training = encoder.training
-    encoder.eval()
-    tokens = encoder(images).patches.float()
-    encoder.train(training)
+    with evaluating(encoder):
+        tokens = encoder(images).patches.float()
     side = encoder.preprocessing.image_size // encoder.stride
     planes = encoder.planes if encoder.config.channel_tokens else 1
     if encoder.config.frames > 1 or tokens.shape[1] != planes * side * side:

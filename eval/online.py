@@ -9,7 +9,7 @@ from torch import Tensor
 from selfsight.console import say
 from selfsight.data.mixture import Samples
 from selfsight.data.shards import Shards
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.errors import SelfsightError
 from selfsight.eval import health
 from selfsight.eval.features import extract, groups_of, labels_of, prepared
@@ -81,12 +81,9 @@ class OnlineHealth(Online):
     @torch.inference_mode()
     def __call__(self, encoder: Encoder, device: torch.device) -> dict[str, float]:
         """As `healthy`; nothing of fewer than two images."""
-        training = encoder.training
-        encoder.eval()
-        made = encoder.preprocessing
-        images = prepared(made, self.samples, device, self.ids, self.workers, lenient=True)
-        vectors = [encoder.embed(batch).float().cpu() for batch in images]
-        encoder.train(training)
+        with evaluating(encoder):
+            images = prepared(encoder.preprocessing, self.samples, device, self.ids, self.workers, lenient=True)
+            vectors = [encoder.embed(batch).float().cpu() for batch in images]
         return healthy(torch.cat(vectors)) if sum(map(len, vectors)) > 1 else {}
 
 

@@ -1,5 +1,6 @@
 """kNN and the linear probe as evaluators of `evaluate`: their outcomes with the protocol line to cite."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +43,7 @@ def run_knn(subject: Subject) -> list[Outcome]:
     fit, held, k = subject.train, subject.test, subject.options.k
     told = (
         f"kNN: cosine, weights exp(s/{TEMPERATURE}), k={{}} chosen from {{}}{{}} on {tenth(subject)}; "
-        f"features: {subject.pool}, fp32"
+        f"features: {subject.taken}"
     )
     if fit.multilabel:
         near = knn_ranked(subject.fit, fit.labels, subject.held, k, fit.groups)
@@ -65,7 +66,8 @@ def run_linear(subject: Subject) -> list[Outcome]:
     tried += [f"{len(TOKEN_RATES)} rates of {pool}" for pool in train if pool in TOKEN_POOLS]
     protocol = (
         f"linear: {', '.join(tried)}; rate {probe.rate:g}, decay {probe.decay:g}, {probe.pool} chosen"
-        f"{' by mAP' if fit.multilabel else ''} on {tenth(subject)}, refitted on all of it; standardised features, fp32"
+        f"{' by mAP' if fit.multilabel else ''} on {tenth(subject)}, refitted on all of it; "
+        f"standardised features: {replace(subject, pool=probe.pool).taken}"
     )
     chosen = {"rate": probe.rate, "decay": probe.decay, "pool": probe.pool}
     if fit.multilabel:

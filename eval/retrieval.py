@@ -102,7 +102,7 @@ def run(subject: Subject) -> list[Outcome]:
     Groups are not left out: two sets number theirs independently, and `shards split --by group` leaves none on both sides.
     """
     found = retrieval(subject.fit, subject.train.labels, subject.held, subject.test.labels)
-    protocol = f"retrieval: test asks {len(subject.fit):,} of train, cosine; {{}}, ties count against; features: {subject.pool}, fp32"
+    protocol = f"retrieval: test asks {len(subject.fit):,} of train, cosine; {{}}, ties count against; features: {subject.taken}"
     parts = {"mAP": ("average precision over the full ranking", found.precision)} | {
         f"recall@{k}": (f"one of the class among the first {k}", found.recall(k).double()) for k in RECALLS
     }

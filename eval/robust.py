@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selfsight import keyed
-from selfsight.encoder import Encoder, pool_tokens
+from selfsight.encoder import Encoder, evaluating, pool_tokens
 from selfsight.errors import UsageError
 from selfsight.eval.features import Extraction, extract, prepared
 from selfsight.eval.knn import TEMPERATURE, dense_labels, knn, predict, unit
@@ -95,7 +95,9 @@ def run_robust(subject: Subject) -> list[Outcome]:
     found = judge(_seen(subject, subject.encoder, ids), unit(bank), fit, held[torch.from_numpy(ids)], k)
     test = f"{len(ids):,} of {size:,} test images, evenly spaced" if len(ids) < size else f"all {size:,} test images"
     return _outcomes(
-        found, f"clean kNN (weights exp(s/{TEMPERATURE}), k={k}, {subject.pool}) on {test}", subject.encoder
+        found,
+        f"clean kNN (weights exp(s/{TEMPERATURE}), k={k}, {subject.pool}) on {test}{subject.plainly}",
+        subject.encoder,
     )
 
 
@@ -109,14 +111,13 @@ def _seen(subject: Subject, encoder: Encoder, ids: np.ndarray) -> dict[Key, Tens
     """Features of samples `ids` by what was done; all of it to a few images at a time, which are decoded once."""
     assert subject.sets is not None
     made: dict[Key, list[Tensor]] = {}
-    first, training = 0, encoder.training
-    encoder.eval()
-    for batch in prepared(encoder.preprocessing, subject.sets[1], subject.device, ids, subject.workers):
-        for images in batch.split(PART):
-            for key, feature in features(encoder, images, ids[first : first + len(images)], subject.pool):
-                made.setdefault(key, []).append(feature)
-            first += len(images)
-    encoder.train(training)
+    first = 0
+    with evaluating(encoder):
+        for batch in prepared(encoder.preprocessing, subject.sets[1], subject.device, ids, subject.workers):
+            for images in batch.split(PART):
+                for key, feature in features(encoder, images, ids[first : first + len(images)], subject.pool):
+                    made.setdefault(key, []).append(feature)
+                first += len(images)
     return {key: torch.cat(parts) for key, parts in made.items()}
 
 

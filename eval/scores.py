@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from selfsight import __version__
-from selfsight.eval.features import Features
 from selfsight.eval.intervals import Draws, draws_of, interval
 from selfsight.eval.subject import Outcome
 
@@ -63,34 +62,12 @@ def of_twins(parts: Sequence[Row]) -> Row:
     return Row(first | spread(values) | {"protocol": protocol, "chosen": chosen, "detail": {}, "floor": True}, each)
 
 
-def majority(train: Features, test: Features) -> list[Row]:
-    """What an answer is worth that looks at no image: the commonest class; of lists of labels, the classes' shares."""
-    told: Score = {
-        "encoder": "majority",
-        "evaluator": "majority",
-        "unit": "%",
-        "chosen": {},
-        "detail": {},
-        "floor": True,
-    }
-    if test.multilabel:
-        shares = test.labels.double().mean(0)
-        shares = shares[(shares > 0) & (shares < 1)]
-        values = {"mAP": 100 * shares.mean().item(), "AUC": 50.0} if len(shares) else {}
-        protocol = "the same answer for every image: mAP is the classes' prevalence, AUC is 50"
-        return [Row(told | {"metric": key, "protocol": protocol} | spread((value,))) for key, value in values.items()]
-    common = train.labels.mode().values
-    each = (test.labels == common).double()
-    protocol = f"the commonest class of train, {int(common)}"
-    return [Row(told | {"metric": "accuracy", "protocol": protocol} | spread((100 * each.mean().item(),)), each)]
-
-
 def with_intervals(rows: Sequence[Row], groups: Tensor, seed: int) -> list[Row]:
     """The rows of one test set with their 95 % intervals, where their value is the mean over its samples.
 
     Args:
         groups: (M,) of the test samples, drawn whole.
-        seed: the number of the set.
+        seed: of the test set, the same wherever that set stands, so that scores of one test set are drawn alike.
     """
     known = [row for row in rows if row.each is not None and len(row.each) == len(groups) and _averages(row)]
     if not known:
@@ -135,7 +112,7 @@ def _mean(parts: Sequence[Row], name: str) -> Row:
         "detail": {},
         "dataset": name,
         "mean_of": names,
-        "samples": sum(score["samples"] for score in scores),
+        "samples": sum({score["test"]: score["samples"] for score in scores}.values()),  # of one test set once
     }
     told |= {key: " + ".join(dict.fromkeys(score[key] for score in scores)) for key in ("train", "test")}
     draws = [part.draws for part in parts if part.draws is not None]
@@ -145,21 +122,20 @@ def _mean(parts: Sequence[Row], name: str) -> Row:
     return Row(told | {"interval": interval(average)}, draws=average)
 
 
-def differences(rows: Sequence[Row], floors: Mapping[str, str]) -> list[Score]:
-    """How far every encoder is above its random-init floor, and above the first encoder, with a paired 95 % interval.
+def differences(rows: Sequence[Row], floors: Mapping[str, Sequence[str]]) -> list[Score]:
+    """How far every encoder is above its floors, and above the first encoder, with a paired 95 % interval.
 
     Args:
         rows: of all sets.
-        floors: the name of each encoder's floor.
+        floors: the names of each encoder's floors, random-init and pixels.
     """
     by = {(row.score["dataset"], row.score["encoder"], *row.key): row for row in rows}
     first = next(iter(floors), "")
     made = []
     for (dataset, encoder, *column), row in by.items():
-        for over in (floors.get(encoder), first if encoder in floors and encoder != first else None):
-            other = by.get((dataset, over, *column)) if over else None
-            if other is not None:
-                made.append(_difference(row, other))
+        others = (*floors[encoder], first) if encoder in floors else ()
+        known = (by.get((dataset, over, *column)) for over in others if over != encoder)
+        made += [_difference(row, other) for other in known if other is not None]
     return made
 
 

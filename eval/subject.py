@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder
-from selfsight.eval.features import Extraction, Features
+from selfsight.eval.features import PLAIN, Extraction, Features
 from selfsight.eval.knn import DEFAULT_K
 from selfsight.preprocessing import Preprocessing
 
@@ -55,6 +55,19 @@ class Subject:
     sets: tuple[Shards, Shards] | None = None
     """Where train and test were read from; None: stored vectors."""
     say: Callable[[str], None] = lambda line: None
+
+    @property
+    def taken(self) -> str:
+        """What the features are, for the line to cite: `mean, scales 1+2, 4 tokens merged a block, fp32`."""
+        how = self.options.extraction if self.encoder else PLAIN
+        scales = f", scales {'+'.join(map(str, how.scales))}" if how.scales != PLAIN.scales else ""
+        merged = f", {how.merge} tokens merged a block" if how.merge else ""
+        return f"{self.pool}{scales}{merged}, fp32"
+
+    @property
+    def plainly(self) -> str:
+        """For the line of what encodes images itself: that scales and merging, where they were asked for, are not in it."""
+        return "" if self.options.extraction == PLAIN else "; images encoded plainly, without scales and merging"
 
     @property
     def fit(self) -> Tensor:

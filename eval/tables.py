@@ -32,7 +32,7 @@ def datasets_of(scores: Sequence[Score]) -> list[str]:
 
 
 def rows_of(scores: Sequence[Score], columns: Mapping[Column, str]) -> list[list[str]]:
-    """Encoders down, evaluators across. The majority class is a floor of every column that has its metric."""
+    """Encoders down, evaluators across. Of older releases the majority class has one row for all."""
     rows = []
     for encoder in dict.fromkeys(score["encoder"] for score in scores):
         own = {(score["evaluator"], metric_of(score)): score for score in scores if score["encoder"] == encoder}

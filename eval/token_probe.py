@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfsight.data.shards import Shards
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.errors import NumericError, UsageError
 from selfsight.eval.features import Extraction, prepared
 
@@ -158,6 +158,14 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="sum")
 
 
+def require_plain(extraction: Extraction) -> None:
+    """Raise UsageError unless features are taken plainly."""
+    if extraction != Extraction():
+        raise UsageError(
+            f"{' and '.join(TOKEN_POOLS)} take the plain tokens; leave out scales and token merging, or these pools"
+        )
+
+
 @torch.no_grad()
 def tokens_of(
     encoder: Encoder, sets: tuple[Shards, Shards], extraction: Extraction, device: torch.device, workers: int = 0
@@ -168,17 +176,12 @@ def tokens_of(
         UsageError: more than `TOKEN_GIB`, or features that are not taken plainly.
         NumericError: tokens that float16 does not hold.
     """
-    if extraction != Extraction():
-        raise UsageError(
-            f"{' and '.join(TOKEN_POOLS)} take the plain tokens; leave out scales and token merging, or these pools"
-        )
-    training = encoder.training
-    encoder.eval()
+    require_plain(extraction)
     made, images = [], sum(len(shards) for shards in sets)
-    for shards in sets:
-        found = _tokens(encoder, prepared(encoder.preprocessing, shards, device, workers=workers), len(shards), images)
-        made.append(found)
-    encoder.train(training)
+    with evaluating(encoder):
+        for shards in sets:
+            batches = prepared(encoder.preprocessing, shards, device, workers=workers)
+            made.append(_tokens(encoder, batches, len(shards), images))
     return made[0], made[1]
 
 

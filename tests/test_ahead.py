@@ -43,6 +43,26 @@ def test_an_error_comes_where_its_item_would() -> None:
     assert running() == 0
 
 
+def test_nobody_waits_for_an_item_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfsight.eval.ahead.PATIENCE", 0.01)
+    stuck = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        stuck.wait(60)
+        yield 2
+
+    made = ahead(items())
+    next(made)
+    made.close()  # would wait for a minute
+    assert not stuck.is_set() and running() == 1
+    stuck.set()
+    for thread in threading.enumerate():
+        if thread.name == "ahead":
+            thread.join(10)
+    assert running() == 0
+
+
 def test_who_leaves_early_leaves_no_thread() -> None:
     made = ahead(iter(int, 1))  # for ever
     next(made)

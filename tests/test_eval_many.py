@@ -1,5 +1,6 @@
 """Several encoders and several sets in one call, without labels, and what is shown of it."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from conftest import pictures
 from selfsight import cli, console
 from selfsight.data.build import write_shards
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
-from selfsight.errors import UsageError
+from selfsight.errors import DataError, StorageError, UsageError
+from selfsight.eval import job
 from selfsight.eval.asked import encoders_of, unique
 from selfsight.eval.evaluate import evaluate
 from selfsight.eval.evaluators import EVALUATORS, Evaluator
@@ -85,6 +87,7 @@ def test_encoders_that_read_images_otherwise_have_their_own_pixels(folder: Path)
     ]  # fmt: skip
     over = {(d["encoder"], d["over"]) for d in found["differences"]}
     assert over == {*((f"encoder {n}", f"random-init of encoder {n}") for n in (1, 2, 3)),
+                    ("encoder 1", "pixels of encoder 1"), ("encoder 2", "pixels of encoder 2"), ("encoder 3", "pixels of encoder 1"),
                     ("encoder 2", "encoder 1"), ("encoder 3", "encoder 1")}  # fmt: skip
 
 
@@ -137,7 +140,7 @@ def test_an_evaluator_that_cannot_speak_leaves_its_cell_empty(folder: Path, labe
     cells = {row[0]: row[1:] for row in rows_of(found["scores"], columns)}
     assert cells["pretrained"][0] == "2.0 ± 1.4"
     assert cells["pixels"][0] == "-"
-    assert cells["majority"] == ["50.0", "50.0", "-"]
+    assert cells["majority"] == ["-", "50.0", "-"]
 
 
 def test_twins_are_as_many_as_the_evaluator_wants(folder: Path, label_free: None) -> None:
@@ -202,6 +205,93 @@ def row(encoder: str, evaluator: str, value: float, **more: Any) -> dict[str, An
     } | more
 
 
+def test_names_of_floors_are_not_given_to_encoders() -> None:
+    a, b = made(1), made(2)
+    assert list(encoders_of(["pixels", "a"])) == ["pixels (2)", "a"]
+    assert list(encoders_of(["a", "random-init of a"])) == ["a", "random-init of a (2)"]
+    for name in ("majority", "random-init of a", "pixels of a"):
+        with pytest.raises(UsageError, match=f"an encoder cannot be called '{name}'"):
+            encoders_of({"a": a, name: b})
+    (name,) = encoders_of({"https://me:secret@x.org/w": a})
+    assert "secret" not in name
+
+
+def test_the_callers_encoder_is_as_it_was(folder: Path) -> None:
+    encoder = made(5).train()
+    knn(encoder, str(folder / "a-train"), str(folder / "a-test"), evaluators=("knn", "health"))
+    assert encoder.training and all(module.training for module in encoder.modules())
+
+
+def test_a_set_is_drawn_alike_whatever_stands_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    real = job.with_intervals
+
+    def watched(rows: Any, groups: Any, seed: int) -> Any:
+        seeds.append(seed)
+        return real(rows, groups, seed)
+
+    monkeypatch.setattr(job, "with_intervals", watched)
+    (a, a_test), (b, b_test) = [(str(folder / f"{s}-train"), str(folder / f"{s}-test")) for s in "ab"]
+    knn(made(5), {"x": a, "y": b, "z": a}, {"x": a_test, "y": b_test, "z": a_test})
+    knn(made(5), b, b_test)
+    first, second, third, alone = seeds
+    assert first == third != second == alone
+
+
+def test_differences_are_over_pixels_too(folder: Path) -> None:
+    found = knn({"one": made(5), "two": made(6)}, str(folder / "a-train"), str(folder / "a-test"))
+    told = [(one["encoder"], one["over"]) for one in found["differences"]]
+    assert told == [
+        ("one", "random-init"), ("one", "pixels"), ("two", "random-init"), ("two", "pixels"), ("two", "one"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "told"), [
+    ({"evaluators": ("knn", "robust"), "k": (1000,)}, "1000"),
+    ({"evaluators": ("robust",), "k": (1000,)}, "1000"),
+    ({"evaluators": ("finetune",), "epochs": 0}, "epochs: 0; fine-tuning takes at least one"),
+    ({"scales": (0,)}, "scales: 0; give different whole numbers"),
+    ({"merge": -1}, "merge: -1 tokens a block"),
+    ({"evaluators": ("linear",), "pools": ("attentive",), "scales": (1, 2)}, "take the plain tokens"),
+])  # fmt: skip
+def test_what_would_end_it_is_told_before_any_feature_is_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], told: str
+) -> None:
+    monkeypatch.setattr("selfsight.eval.extracted.extract", lambda *args, **more: pytest.fail("features were taken"))
+    with pytest.raises(UsageError, match=told):
+        knn(made(5), str(folder / "a-train"), str(folder / "a-test"), **more)
+
+
+def test_an_encoder_of_other_channels_is_told_before_the_first_is_scored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EncoderConfig(image_size=8, channels=5, patch=2, width=16, depth=1, heads=2)
+    five = build_encoder(config, preprocessing_of(DataConfig(train="x", mean=(0.5,) * 5, std=(0.5,) * 5), config), 0)
+    monkeypatch.setattr("selfsight.eval.extracted.extract", lambda *args, **more: pytest.fail("features were taken"))
+    with pytest.raises(DataError, match="the encoder takes 5"):
+        knn({"one": made(5), "five": five}, str(folder / "a-train"), str(folder / "a-test"))
+
+
+def test_the_line_to_cite_tells_scales_and_merging(folder: Path) -> None:
+    sets = str(folder / "a-train"), str(folder / "a-test")
+    asked = ("knn", "linear", "logistic", "lda", "retrieval", "cluster", "health", "robust")
+    found = knn(made(5), *sets, evaluators=asked, scales=(1, 2), merge=2)["scores"]
+    for score in (score for score in found if score["encoder"] == "pretrained"):
+        plain = score["evaluator"] == "robust" or score["metric"] in ("alignment", "attention distance")
+        told = "images encoded plainly, without scales and merging" if plain else "mean, scales 1+2, 2 tokens merged"
+        if score["evaluator"] != "linear":
+            assert told in score["protocol"], score["protocol"]
+        else:
+            assert ", scales 1+2, 2 tokens merged a block, fp32" in score["protocol"]
+    assert not any("scales 1+2" in score["protocol"] for score in found if score["encoder"] == "pixels")
+
+
+def test_the_title_says_correct_of_accuracies_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for more, title in (({}, "t, % correct"), ({"metric": "mAP"}, "t, %"), ({"metric": "std", "unit": ""}, "t")):
+        console.show_scores({"scores": [row("p", "knn", 90, **more)]})
+        assert capsys.readouterr().out.splitlines()[0].strip() == title
+
+
 def test_columns_name_the_metric_where_it_must_be_told() -> None:
     scores = [
         row("p", "knn", 90, metric="accuracy"),
@@ -259,7 +349,7 @@ def test_markdown_is_a_table_and_what_stands_under_it(folder: Path) -> None:
     assert len(table) == 2 + 5
     assert f"**{folder / 'a-test'}** (test, 30 samples; % unless told)" in lines
     assert "- **warning:** mind the gap" in lines
-    assert sum(line.startswith(("- one|1", "- one\\|1")) for line in lines) == 1  # difference; one protocol serves both
+    assert sum(line.startswith(("- one|1", "- one\\|1")) for line in lines) == 2  # two differences; a protocol serves both
     assert not any("initialisations" in line for line in lines)
 
 
@@ -289,6 +379,7 @@ def test_several_from_the_command_line(
     (["x", "--train", "digits:train", "--train", "digits:test", "--test", "digits:test"], "2 --train and 1 --test"),
     (["x", "--test", "digits:test", "--json", "runs/a"], "--json: runs/a is no .json file; put --json after the encoders"),
     (["x", "--test", "digits:test", "--markdown", "runs/a"], "--markdown: runs/a is no .md file"),
+    (["x", "--test", "digits:test", "--json", "no/such/s.json"], "--json: no/such/s.json cannot be written; is its folder there?"),
     (["x", "--test", "digits:test", "--shots", "1,b"], "--shots: '1,b' is not a list of whole numbers"),
     (["x", "--test", "digits:test", "--with", "knn"], "knn: need a training set; add --train"),
     (["--test", "digits:test", "--train", "digits:train"], "digits:test: holds images; name an encoder"),
@@ -296,6 +387,13 @@ def test_several_from_the_command_line(
 def test_wrong_commands_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_takes_no_scores(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = {"scores": [row("p", "knn", 91.5, protocol="how")]}
+    with pytest.raises(StorageError, match="cannot be written"):
+        cli._show_scores(found, argparse.Namespace(json=str(tmp_path / "gone" / "s.json"), markdown=None))
+    assert "91.5" in capsys.readouterr().out
 
 
 def test_older_scores_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder, pool_tokens, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.eval.extraction import embed, reading_size, resized, tiled
-from selfsight.eval.features import Extraction, extract, prepared
+from selfsight.eval.features import Extraction, batch_of, extract, prepared
 from selfsight.merging import embed_merged, merge_tokens, pool_merged
+from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, EncoderConfig
 
 CPU = torch.device("cpu")
@@ -281,3 +282,21 @@ def test_what_cannot_be_merged_is_refused(fields: dict[str, Any], pool: str, mes
     write_shards(iter(pictures(4)), tmp_path, "s")
     with pytest.raises(UsageError, match=message):
         extract(encoder, Shards(str(tmp_path)), CPU, extraction=Extraction(merge=2))
+
+
+def test_batches_are_bounded_by_bytes_as_well_as_by_count() -> None:
+    made = Preprocessing(224, 3, (0.5,) * 3, (0.5,) * 3)
+    assert batch_of(made, 224) == batch_of(made, 384) == 256
+    assert batch_of(made, 8 * 224) == 2**29 // (4 * 3 * (8 * 224) ** 2) == 13
+    assert batch_of(made._replace(frames=16), 8 * 224) == 1  # 588 MiB, and still one
+    assert batch_of(made, 10**5) == 1
+
+
+def test_features_do_not_depend_on_how_many_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, shards, ids = make(image_size=8, patch=2, width=16, depth=1, heads=2), Shards("digits:test"), np.arange(50)
+    seen: list[int] = []
+    whole = extract(encoder, shards, CPU, ids=ids, advance=seen.append)
+    monkeypatch.setattr("selfsight.eval.features.BATCH_BYTES", 4 * 3 * 64 * 20)
+    few = extract(encoder, shards, CPU, ids=ids, advance=seen.append)
+    assert seen == [50, 20, 20, 10]
+    assert torch.allclose(whole.vectors["mean"], few.vectors["mean"], atol=1e-5)

@@ -142,9 +142,9 @@ def test_a_file_of_fewer_samples_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_the_files_not_used_for_longest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = Cache(tmp_path)
     rows = {"mean": torch.zeros(1000, 25)}  # 100 kB
     monkeypatch.setenv("SELFSIGHT_FEATURES_GB", str(350_000 / 2**30))
+    cache = opened(tmp_path)
     for n, key in enumerate("abc"):
         cache.put(key * 64, rows)
         os.utime(cache._path(tmp_path, key * 64), (n, n))
@@ -156,7 +156,17 @@ def test_the_files_not_used_for_longest_go(tmp_path: Path, monkeypatch: pytest.M
     assert {path.name[0] for path in tmp_path.iterdir()} == left
     monkeypatch.setenv("SELFSIGHT_FEATURES_GB", "plenty")
     with pytest.raises(UsageError, match="SELFSIGHT_FEATURES_GB: 'plenty' is not a number of GiB"):
-        cache.put("f" * 64, rows)
+        opened(tmp_path)  # before anything is extracted
+    assert opened(None).folder is None  # who keeps nothing is not asked
+
+
+def test_drafts_of_killed_processes_go(tmp_path: Path) -> None:
+    old, new = tmp_path / ".a.safetensors.1.tmp", tmp_path / ".b.safetensors.2.tmp"
+    old.write_bytes(b"x")
+    new.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    Cache(tmp_path).put("a" * 64, {"mean": torch.zeros(2, 2)})
+    assert new.exists() and not old.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

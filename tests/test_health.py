@@ -191,7 +191,8 @@ def test_an_encoder_has_every_number(tmp_path: Any) -> None:
     assert list(found) == ["RankMe", "alpha-ReQ", "effective rank", "std", "cosine", "uniformity", "alignment", "attention distance"]  # fmt: skip
     assert all(outcome.unit == ("px" if "distance" in name else "") for name, outcome in found.items())
     assert all(f"{name}: " in outcome.protocol for name, outcome in found.items())
-    assert all("40 test images, 16 dimensions; features: mean" in outcome.protocol for outcome in found.values())
+    assert all("features: mean" in outcome.protocol for outcome in found.values())
+    assert "40 test images, 16 dimensions; features: mean, fp32; no labels" in found["RankMe"].protocol
     layers = found["attention distance"].detail["attention_distance"]
     assert np.shape(layers) == (2, 2)
     assert found["attention distance"].values[0] == pytest.approx(np.mean(layers), abs=1e-3)

@@ -10,7 +10,8 @@ from sklearn.metrics import average_precision_score
 
 from selfsight.eval.features import Features
 from selfsight.eval.intervals import draws_of, interval
-from selfsight.eval.scores import Row, differences, majority, of_twins, over_sets, row_of, with_intervals
+from selfsight.eval.majority import of_bags, of_samples
+from selfsight.eval.scores import Row, differences, of_twins, over_sets, row_of, with_intervals
 from selfsight.eval.subject import Outcome
 
 ALONE = torch.full((400,), -1)
@@ -90,20 +91,31 @@ def test_differences_are_paired() -> None:
     better = floor.clone()
     better[(floor == 0).nonzero()[:40, 0]] = 1
     rows = with_intervals([row("p", better), row("random-init", floor, floor=True)], ALONE, 0)
-    (found,) = differences(rows, {"p": "random-init"})
+    (found,) = differences(rows, {"p": ["random-init"]})
     assert found["value"] == pytest.approx(10)
     assert found["over"] == "random-init"
     low, high = found["interval"]
     assert 6.5 < low < 8 < 12 < high < 13.5  # 10 +- 1.96 * 100 * sqrt(0.1 * 0.9 / 400)
     score_low, score_high = rows[0].score["interval"]
     assert score_high - score_low > 1.4 * (high - low)
-    swapped = differences(with_intervals([row("p", floor), row("random-init", better)], ALONE, 0), {"p": "random-init"})
+    swapped = differences(
+        with_intervals([row("p", floor), row("random-init", better)], ALONE, 0), {"p": ["random-init"]}
+    )
     assert swapped[0]["interval"] == pytest.approx([-high, -low])
+
+
+def test_an_encoder_stands_against_the_pixels_too() -> None:
+    """Where raw pixels are better than the encoder, the line says so with its sign."""
+    rows = with_intervals([row("p", hits(0.6)), row("random-init", hits(0.3)), row("pixels", hits(0.9))], ALONE, 0)
+    over_random, over_pixels = differences(rows, {"p": ["random-init", "pixels"]})
+    assert (over_random["over"], over_pixels["over"]) == ("random-init", "pixels")
+    assert over_random["value"] > 20 and over_pixels["value"] < -20
+    assert over_pixels["interval"][1] < 0
 
 
 def test_other_encoders_stand_against_the_first_too() -> None:
     rows = with_intervals([row("p", hits(0.6)), row("q", hits(0.7)), row("r", hits(0.5))], ALONE, 0)
-    found = differences(rows, {"p": "r", "q": "r"})
+    found = differences(rows, {"p": ["r"], "q": ["r"]})
     assert [(d["encoder"], d["over"]) for d in found] == [("p", "r"), ("q", "r"), ("q", "p")]
 
 
@@ -115,7 +127,7 @@ def test_what_is_no_mean_over_samples_has_no_interval() -> None:
         (found,) = with_intervals([one], ALONE, 0)
         assert "interval" not in found.score
     rows = with_intervals([bare, row("random-init", hits(0.4))], ALONE, 0)
-    assert differences(rows, {"p": "random-init"})[0]["interval"] is None
+    assert differences(rows, {"p": ["random-init"]})[0]["interval"] is None
 
 
 def test_bare_numbers_keep_their_scale() -> None:
@@ -153,14 +165,31 @@ def test_the_mean_over_sets_is_of_what_all_have() -> None:
     assert width(mean.score) == pytest.approx((width(parts[0]) ** 2 + width(parts[1]) ** 2) ** 0.5 / 2, rel=0.1)
 
 
+def test_a_test_set_is_counted_once_whatever_it_was_trained_on() -> None:
+    """Two training sets and one test set: no more evidence than one."""
+    each = hits(0.5)
+    sets = {name: with_intervals([row("p", each, name, test="t")], ALONE, 5) for name in ("a", "b")}
+    (mean,) = over_sets(sets, "mean")
+    assert mean.score["samples"] == 400
+    assert mean.score["interval"] == pytest.approx(sets["a"][0].score["interval"])
+
+
+def test_the_majority_of_bags_counts_each_once() -> None:
+    train = Features({}, torch.tensor([1, 1, 1, 1, 0, 0]), torch.tensor([5, 5, 5, 5, 6, 7]))
+    test = Features({}, torch.tensor([0, 1, 1, 1]), torch.tensor([1, 2, 2, 2]))
+    found = {one.metric: one.values[0] for one in of_bags(train, test)}
+    assert found == {"accuracy": 50.0, "accuracy, means": 50.0, "AUC": 50.0, "AUC, means": 50.0}
+    assert "class of train, 0, by bags" in of_bags(train, test)[0].protocol
+
+
 def test_the_majority_of_labels_and_of_lists_of_labels() -> None:
     none = torch.full((5,), -1)
     fit = Features({}, torch.tensor([7, 7, 3, 3, 3]), none)
     held = Features({}, torch.tensor([3, 7, 7, 7, 3]), none)
-    (made,) = majority(fit, held)
-    assert (made.score["value"], made.score["protocol"]) == (pytest.approx(40), "the commonest class of train, 3")
+    (made,) = of_samples(fit, held)
+    assert (made.values, made.protocol) == ((pytest.approx(40),), "the commonest class of train, 3")
     assert made.each is not None and made.each.tolist() == [1, 0, 0, 0, 1]
     lists = torch.tensor([[1, 0, 1], [0, 0, 1], [0, 1, 1], [0, 0, 1], [1, 0, 1]]).bool()
-    found = {one.score["metric"]: one.score["value"] for one in majority(fit, Features({}, lists, none))}
+    found = {one.metric: one.values[0] for one in of_samples(fit, Features({}, lists, none))}
     prevalence = np.mean([average_precision_score(lists[:, c], np.zeros(5)) for c in (0, 1)])
     assert found == {"mAP": pytest.approx(100 * prevalence), "AUC": 50.0}

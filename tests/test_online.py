@@ -78,6 +78,10 @@ def test_a_score_that_fails_is_told_and_ends_nothing(
     encoder.embed = lambda images: (_ for _ in ()).throw(NumericError("no numbers"))  # type: ignore[assignment]
     assert watch.score(encoder, CPU) == {}
     assert "warning: the online score is left out: no numbers" in capsys.readouterr().err
+    assert encoder.training  # and goes on with stochastic depth
+    encoder.embed_pools = lambda *given: encoder.embed(None)  # type: ignore[assignment,method-assign,arg-type]
+    assert OnlineKNN(EvalConfig(train="digits:train", online_samples=50)).score(encoder, CPU) == {}
+    assert encoder.training
 
 
 def test_a_run_without_labels_tells_its_health(

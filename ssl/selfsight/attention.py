@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.errors import UsageError
 
 
@@ -33,10 +33,8 @@ def attention_maps(
     if not encoder.plain:
         raise UsageError(f"{encoder.config.name}: attention maps are those of a plain ViT")
     maps: list[Tensor] = []
-    training = encoder.training
     with ExitStack() as undo:
-        undo.callback(encoder.train, training)
-        encoder.eval()
+        undo.enter_context(evaluating(encoder))
         for block in encoder.blocks:
             inner: Any = block.attn
             undo.callback(setattr, inner, "fused_attn", inner.fused_attn)

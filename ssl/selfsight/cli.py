@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -444,28 +445,31 @@ def _pairs(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _require_file(name: str | None, kind: str) -> None:
-    """Raise UsageError where an encoder stands behind --json."""
+    """Raise UsageError where an encoder stands behind --json, or a folder that is not there."""
     ending = {"json": ".json", "markdown": ".md"}[kind]
-    if name and name != "-" and not name.endswith(ending):
+    if not name or name == "-":
+        return
+    if not name.endswith(ending):
         raise UsageError(f"--{kind}: {name} is no {ending} file; put --{kind} after the encoders")
+    if Path(name).is_dir() or not os.access(Path(name).parent, os.W_OK):
+        raise UsageError(f"--{kind}: {name} cannot be written; is its folder there?")
 
 
 def _show_scores(found: dict[str, Any], options: argparse.Namespace) -> None:
     from selfsight.console import say, show_scores
     from selfsight.eval.tables import markdown
+    from selfsight.run_folder import write_atomically
 
     texts = {"json": lambda: json.dumps(found, indent=1), "markdown": lambda: markdown(found).rstrip()}
-    for name, text in texts.items():
-        target = getattr(options, name)
-        if target == "-":
-            print(text())
-        elif target:
-            from selfsight.run_folder import write_atomically
-
-            write_atomically(Path(target), text() + "\n")
-            say(f"written: {target}")
-    if "-" not in (options.json, options.markdown):
+    targets = {name: getattr(options, name) for name in texts if getattr(options, name)}
+    for name in (name for name, target in targets.items() if target == "-"):
+        print(texts[name]())
+    if "-" not in targets.values():
         show_scores(found)
+    for name, target in targets.items():  # last: a disk that is full takes no score from who waits for it
+        if target != "-":
+            write_atomically(Path(target), texts[name]() + "\n")
+            say(f"written: {target}")
 
 
 def _embed(options: argparse.Namespace) -> int:

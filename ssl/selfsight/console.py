@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from selfsight.eval.tables import datasets_of, difference_lines, grid, protocols
+from selfsight.eval.tables import datasets_of, difference_lines, grid, metric_of, protocols
 from selfsight.eval.tables import format_score as format_score
 from selfsight.redact import redact
 
@@ -64,6 +64,13 @@ def score_table(scores: list[dict[str, Any]], title: str) -> None:
     table(head, rows, title)
 
 
+def _unit(scores: list[dict[str, Any]]) -> str:
+    """What the title says of the numbers, if one thing can be said of all."""
+    if any(score.get("unit", "%") != "%" for score in scores):
+        return ""
+    return ", % correct" if {metric_of(score) for score in scores} == {"accuracy"} else ", %"
+
+
 def show_scores(found: Mapping[str, Any]) -> None:
     """A table of every set; then, for who looks, whether pretraining helped, warnings, and the lines to cite."""
     scores = found["scores"]
@@ -72,8 +79,7 @@ def show_scores(found: Mapping[str, Any]) -> None:
     ] or scores  # of the others the table is enough
     for dataset in datasets_of(scores):
         own = [score for score in scores if score.get("dataset", score["test"]) == dataset]
-        percent = all(score.get("unit", "%") == "%" for score in own)
-        score_table(own, f"{dataset}, % correct" if percent else dataset)
+        score_table(own, dataset + _unit(own))
     told = difference_lines(found)
     more = [f"... and {len(told) - MOST_DIFFERENCES} more differences (--markdown, --json)"] * (
         len(told) > MOST_DIFFERENCES

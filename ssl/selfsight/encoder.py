@@ -6,6 +6,7 @@ features = encoder.embed(images)         # the one function that turns images in
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -478,3 +479,14 @@ def resample_positions(encoder: Encoder, table: Tensor, old_grid: tuple[int, int
 
 
 logging.getLogger("timm").setLevel(logging.ERROR)  # timm reports each resampling; ours names every tensor itself
+
+
+@contextmanager
+def evaluating(encoder: Encoder, device: torch.device | None = None) -> Iterator[None]:
+    """In evaluation mode, and on a device if one is given; then as it was and where it was, whatever happens meanwhile."""
+    live, training = next(encoder.parameters()).device, encoder.training
+    try:
+        encoder.eval().to(device or live)
+        yield
+    finally:
+        encoder.to(live).train(training)

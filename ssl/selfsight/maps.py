@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from selfsight.attention import attention_maps
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.pictures import EXACT, SHOWN, Pixels, Strip, array, picture
 
 HEADS = 6  # of the last block that get a row of their own
@@ -64,10 +64,8 @@ def pools_class_token(encoder: Encoder) -> bool:
 @torch.no_grad()
 def token_strips(encoder: Encoder, images: Tensor) -> list[Strip]:
     """The first three principal components of all shown images' patch tokens as red, green and blue (DINOv2, figure 1)."""
-    training = encoder.training
-    encoder.eval()
-    patches = encoder(images).patches.float()
-    encoder.train(training)
+    with evaluating(encoder):
+        patches = encoder(images).patches.float()
     if not patches.isfinite().all() or _grid(encoder, patches.shape[1]) is None:
         return []
     colours = principal_colours(patches)

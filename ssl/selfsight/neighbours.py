@@ -15,7 +15,7 @@ from torch import Tensor
 from selfsight import keyed
 from selfsight.curves import Chart
 from selfsight.data.mixture import Mixture, Samples
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.marks import colour, scatter
 from selfsight.pictures import Picture, Pixels, array, crops, picture
 
@@ -70,14 +70,11 @@ def bank_of(encoder: Encoder, shards: Samples, device: torch.device, seed: int) 
     chosen = np.sort(order[:count]).astype(np.int64)
     ids: list[NDArray[np.int64]] = []
     vectors: list[Tensor] = []
-    training = encoder.training
-    encoder.eval()
-    with torch.inference_mode():
+    with evaluating(encoder), torch.inference_mode():
         for start in range(0, len(chosen), CHUNK):
             good, images = crops(shards, chosen[start : start + CHUNK], encoder.preprocessing, device)
             ids.append(good)
             vectors.append(encoder.embed(images).float().cpu())
-    encoder.train(training)
     features, known = torch.cat(vectors).clone(), np.concatenate(ids)
     lengths = features.norm(dim=1, keepdim=True)
     if not features.isfinite().all() or not bool((lengths > 0).all()):

@@ -43,6 +43,10 @@ class Built(NamedTuple):
     groups: int
     bytes: int
     masks: int = 0
+    lists: int = 0
+    """Samples whose labels are a list."""
+    empty: int = 0
+    """Of them those with none in it."""
 
 
 def build(
@@ -77,11 +81,12 @@ def build(
         for kind in (kind for kind in names if names[kind]):
             (draft / f"{kind}.json").write_text(json.dumps(names[kind], indent=1))
     shards = Shards(str(target))
-    lists = shards.label_lists()
-    classes = len(set(shards.labels.tolist()) - {NONE}) if lists is None else int(lists.any(0).sum())
+    lists = shards.lists
+    classes = len({*shards.labels.tolist(), *lists.labels} - {NONE, LISTED})
     groups = len(set(shards.groups.tolist()) - {NONE})
     size = sum(path.stat().st_size for path in target.glob("*.tar"))
-    return Built(target, len(shards.paths), len(shards), classes, groups, size, int(shards.masks.sum()))
+    masks = int(shards.masks.sum())
+    return Built(target, len(shards.paths), len(shards), classes, groups, size, masks, lists.samples, lists.empty)
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selfsight.console import say, table
-from selfsight.data.decode import BadSample, open_image, pillow_image
+from selfsight.data.decode import open_image, pillow_image
 from selfsight.data.formats import Array, read_array, shape_text, suffix_of
 from selfsight.data.index import Records, label_histogram, read_index, scan
-from selfsight.data.samples import LISTED, NONE
+from selfsight.data.samples import NONE
 from selfsight.data.shards import Shards
 from selfsight.data.stats import HIGH, LOW, Statistics, write_stats
 from selfsight.data.targets import IGNORED, checksum, decode_mask
@@ -60,7 +60,8 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
                 same[sha256(body).digest()].append(i)
                 volume += len(body)
                 if masked[i]:
-                    painted |= _mask_classes(shards.read_mask(i), images[0][1].shape[-2:])
+                    height, width = images[0][1].shape[-2:]
+                    painted |= set(np.unique(decode_mask(shards.read_mask(i), (height, width))).tolist())
                 if i in measured:
                     found.add_sample([pixels for _, pixels in images])
             except DataError as error:
@@ -81,7 +82,7 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
         "image_bytes": volume,
         "unlabelled": int((labels == NONE).sum()),
         "labels": label_histogram(labels),
-        "lists": _told_lists(shards),
+        "lists": shards.lists._asdict(),
         "masks": {"samples": int(masked.sum()), "classes": sorted(painted - {IGNORED})},
         "groups": len(set(groups.tolist()) - {NONE}),
         "ungrouped": int((groups == NONE).sum()),
@@ -92,24 +93,6 @@ def check(shards: Shards, advance: Callable[[], None] = lambda: None, measure: M
         "duplicate_groups": [[shards.describe(i) for i in ids] for ids in clones[:20]],
         "bad": bad,
     } | ({"stats": _told(total)} if measure else {})
-
-
-def _mask_classes(body: bytes, size: tuple[int, ...]) -> set[int]:
-    """The values of a mask of an image (H, W)."""
-    mask = decode_mask(body)
-    if mask.shape != size:
-        raise BadSample(f"mask of {mask.shape[1]} x {mask.shape[0]} pixels, of an image of {size[1]} x {size[0]}")
-    return set(np.unique(mask).tolist())
-
-
-def _told_lists(shards: Shards) -> dict[str, Any]:
-    """Of samples whose labels are lists: how many there are, how many have none in it, and how many have each label."""
-    table, listed = shards.label_lists(), shards.labels == LISTED
-    if table is None:
-        return {"samples": 0, "empty": 0, "labels": {}}
-    own = table[listed]
-    counts = {label: count for label, count in enumerate(own.sum(0).tolist()) if count}
-    return {"samples": len(own), "empty": int((~own.any(1)).sum()), "labels": counts}
 
 
 def own_pixels(body: bytes, volumes: bool = False, eight: bool = False) -> tuple[str, Array]:

@@ -11,7 +11,7 @@ from selfsight.data.classes import numbered, read_classes
 from selfsight.data.decode import open_image
 from selfsight.data.formats import suffix_of
 from selfsight.data.labels import Label, find_masks, read_labels
-from selfsight.data.packing import Sample
+from selfsight.data.packing import Sample, seen_size
 from selfsight.data.samples import IMAGE_SUFFIXES, is_image
 from selfsight.data.targets import decode_mask
 from selfsight.data.tiles import Cut, Left, cut_tiles
@@ -145,15 +145,16 @@ def _samples(
             for tile in cut_tiles(frames[0], how.cut, left):
                 yield Sample(tile.image, label, group, {"source": name, "left": tile.left, "top": tile.top})
         else:
-            yield Sample(_checked(frames[0]), label, group, mask=_read(mask) if mask else None)
+            image = _checked(frames[0])
+            yield Sample(image, label, group, mask=_read(mask, image) if mask else None)
     if how.cut and (told := left.text(how.cut.size)):
         say(f"{source}: {told}; left out")
 
 
-def _read(mask: Path) -> bytes:
+def _read(mask: Path, image: bytes) -> bytes:
     try:
         body = mask.read_bytes()
-        decode_mask(body)
+        decode_mask(body, seen_size(image))
     except (DataError, OSError) as error:
         raise DataError(f"{mask}: {error}; remove or repair it") from None
     return body

@@ -17,15 +17,15 @@ SHOWN = 3  # examples in a message
 def read_labels(file: Path, names: Sequence[str]) -> list[Label]:
     """The labels of images, or clips, that a .csv or .json gives, in the order of their names.
 
-    A .csv has lines of `path,label`, if need be under such a heading; a label is `3`, or a list as `0;3;7`, which may be
-    empty. A .json is {path: 3} or {path: [0, 3, 7]}. Where one label is a list all are, so that `3` becomes a list of one.
+    A .csv has lines of `path,label`, if need be under such a heading; a label is `3`, or a list as `0;3;7`; `;` is an empty
+    one, and so is an empty field of a file that has lists elsewhere. A .json is {path: 3} or {path: [0, 3, 7]}. Where one label is a list all are, so that `3` becomes a list of one.
 
     Args:
         names: paths of the images relative to their folder.
 
     Raises:
         UsageError: a file of another kind, or none.
-        DataError: labels that are no integers, paths that stand twice, and images without a label or labels without an image.
+        DataError: labels that are no integers, or of a list above 65,535, empty fields among single labels, paths that stand twice, and images without a label or labels without an image.
     """
     readers = {".csv": _read_csv, ".json": _read_json}
     if file.suffix.lower() not in readers:
@@ -39,7 +39,12 @@ def read_labels(file: Path, names: Sequence[str]) -> list[Label]:
     refuse_others(str(file), "label", names, found)
     own = [found[name] for name in names]
     lists = any(isinstance(label, list) for label in own)
-    return [[label] if lists and isinstance(label, int) else label for label in own]
+    if not lists:
+        return own
+    return [
+        label if isinstance(label, list) else parse_list(f"[{label}]".encode(), f"{file}: {name}")
+        for name, label in zip(names, own, strict=True)
+    ]
 
 
 def find_masks(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -97,6 +102,9 @@ def _read_csv(file: Path) -> dict[str, Label]:
     for number, row in rows:
         if len(row) != 2:
             raise DataError(f"{file}: line {number} has {len(row)} fields; wanted: path,label")
+    empty = [number for number, (_, label) in rows if not label.strip()]
+    if empty and not any(";" in label for _, (_, label) in rows):  # a slip, which would make lists of all labels
+        raise DataError(f"{file}: line {empty[0]} has no label ({len(empty):,} lines have none); an empty list is `;`")
     return _once(str(file), ((_path(row[0]), _label(row[1].strip(), f"{file}: line {number}")) for number, row in rows))
 
 

@@ -11,8 +11,8 @@ import webdataset as wds
 from PIL import Image
 
 from selfsight.data.crops import nearest
-from selfsight.data.decode import open_image, pillow_image
-from selfsight.data.formats import suffix_of
+from selfsight.data.decode import BadSample, open_image, pillow_image
+from selfsight.data.formats import ORIENTATION, read_array, suffix_of
 from selfsight.data.index import build_index
 from selfsight.data.targets import decode_mask
 from selfsight.data.tiff import is_plain
@@ -97,14 +97,30 @@ def _members(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
     if sample.about is not None:
         members["json"] = sample.about if isinstance(sample.about, bytes) else json.dumps(sample.about).encode()
     if sample.mask is not None:
-        members |= _mask(sample.mask, encoding)
+        first = sample.image[0] if isinstance(sample.image, list) else sample.image
+        members |= _mask(sample.mask, seen_size(first), encoding)
     return members
 
 
-def _mask(body: bytes, encoding: Encoding) -> dict[str, bytes]:
+def seen_size(image: Picture) -> tuple[int, int]:
+    """Rows and columns of an image as it is seen, upright, which its mask must have."""
+    if not isinstance(image, bytes):
+        return image.height, image.width
+    array = read_array(image, eight=True)
+    if array is not None:
+        return array.shape[-2], array.shape[-1]
+    opened = open_image(image)
+    try:
+        turned = opened.getexif().get(ORIENTATION, 1) in range(5, 9)
+    except Exception as error:  # noqa: BLE001 - hostile bytes make it raise anything, as in `decode`
+        raise BadSample(f"damaged EXIF ({error})") from None
+    return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+
+def _mask(body: bytes, size: tuple[int, int], encoding: Encoding) -> dict[str, bytes]:
     """The mask's member: as it came, or reduced as its image is, to the nearest pixel's class."""
     suffix = suffix_of(body) or "png"
-    array = decode_mask(body)
+    array = decode_mask(body, size)
     height, width = reduced(array.shape[0], array.shape[1], encoding)
     if (height, width) == array.shape:
         return {f"mask.{suffix}": body}

@@ -25,7 +25,7 @@ from selfsight.data.remote_index import copies_beside, local_index, looked_at
 from selfsight.data.samples import LISTED, split_clip
 from selfsight.data.spec import find_shards
 from selfsight.data.store import Address, Object, open_store
-from selfsight.data.targets import Targets
+from selfsight.data.targets import Lists, Targets
 from selfsight.errors import DataGone
 
 OPEN_FILES = 128  # per process, well under the usual limit of 1,024
@@ -149,6 +149,17 @@ class Shards:
         return targets.table([(own["label"], more) for own, more in zip(self._records, self._more, strict=True)])
 
     @property
+    def lists(self) -> Lists:
+        """What the lists of labels hold, counted without a table of them."""
+        found = [more for more in self._more if more]
+        filled = sum(int(np.count_nonzero(np.diff(more.starts))) for more in found)
+        labels = np.unique(
+            np.concatenate([np.empty(0, np.int32), *(more.labels for more in found)]), return_counts=True
+        )
+        samples = int((self.labels == LISTED).sum())
+        return Lists(samples, samples - filled, dict(zip(*(column.tolist() for column in labels), strict=True)))
+
+    @property
     def masks(self) -> NDArray[np.bool_]:
         """Whether every sample has a mask (N,)."""
         sizes = [
@@ -156,11 +167,6 @@ class Shards:
             for size, more in zip(self.sizes, self._more, strict=True)
         ]
         return np.concatenate(sizes) > 0
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether all samples have a mask."""
-        return bool(self.masks.all())
 
     def read_mask(self, sample: int) -> bytes:
         """The encoded mask of one sample; raises as `read`.

@@ -5,11 +5,10 @@ where there are masks, offset, size and CRC-32 of each sample's. Its own CRC-32 
 """
 
 import json
-import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,8 @@ CLASSES_MOST = 2**16  # of a list's labels; a table of N samples has a byte for 
 LIST_MOST = 2**20  # bytes of one list
 TABLE_MOST = 2**33  # bytes of the table of a whole set
 IGNORED = 255  # the value of a mask that is scored nowhere, as in VOC and ADE20K; of 16 bits also the largest
-_SPREAD = {2: 85, 4: 17}  # by which Pillow multiplies the grey levels of PNGs with so few bits
+_SPREAD = {2: 85, 4: 17}  # by which Pillow multiplies grey levels of so few bits
+_BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF, and a value of the second
 
 Row = tuple[int, int, int]
 NO_MASK: Row = (0, 0, 0)
@@ -42,6 +42,17 @@ class Targets(NamedTuple):
     labels: NDArray[np.int32]
     masks: NDArray[np.void]
     """(N,) of MASK, size 0 where there is none; or (0,)."""
+
+
+class Lists(NamedTuple):
+    """What the lists of a set hold."""
+
+    samples: int
+    """That have one."""
+    empty: int
+    """Of them those that have no label in it."""
+    labels: dict[int, int]
+    """How many lists have each label."""
 
 
 def parse_list(text: bytes, where: str) -> list[int]:
@@ -148,12 +159,23 @@ def table(shards: Sequence[tuple[NDArray[np.int32], Targets | None]]) -> NDArray
     return made
 
 
-def decode_mask(body: bytes) -> NDArray[np.int32]:
+def decode_mask(body: bytes, size: tuple[int, int] | None = None) -> NDArray[np.int32]:
     """The classes in a mask (H, W); of a palette its indices, as VOC stores them.
 
+    Args:
+        size: rows and columns of its image, if known.
+
     Raises:
-        BadSample: no image, one of colours or of floating point, or one with too many pixels.
+        BadSample: no image, one of colours, floating point, several pages or inverted values, one with too many pixels, or of
+            another size than its image.
     """
+    mask = _classes(_values(body))
+    if size is not None and mask.shape != size:
+        raise BadSample(f"mask of {mask.shape[1]} x {mask.shape[0]} pixels, of an image of {size[1]} x {size[0]}")
+    return mask
+
+
+def _values(body: bytes) -> NDArray[np.integer]:
     from selfsight.data.formats import read_array
 
     if body[:6] == b"\x93NUMPY":
@@ -163,15 +185,25 @@ def decode_mask(body: bytes) -> NDArray[np.int32]:
             raise BadSample(
                 f"mask of {array.dtype}, {' x '.join(map(str, array.shape))}: one plane of integers is read"
             )
-        return _classes(array[0])
-    image = open_image(body)
+        return array[0]
+    image: Any = open_image(body)
     if image.format not in {"PNG", "TIFF"} or not (image.mode in {"1", "L", "P", "I"} or image.mode.startswith("I;16")):
         raise BadSample(
             f"mask of {image.format} {image.mode}: integers of one channel are read, from PNG, TIFF or .npy"
         )
-    array = _decoded(image)
-    depth, colour = struct.unpack(">BB", body[24:26]) if image.format == "PNG" else (8, 0)
-    return _classes(array // _SPREAD[depth] if colour == 0 and depth in _SPREAD else array)
+    if getattr(image, "is_animated", False):
+        raise BadSample("mask of several pages, of which one would be read; store one")
+    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC, _WHITE_IS_ZERO) == _WHITE_IS_ZERO:
+        raise BadSample("mask of a TIFF in which 0 is white, so that readers invert its values; store 0 as black")
+    spread = _SPREAD.get(_grey_bits(image, body), 1)
+    return _decoded(image) // spread
+
+
+def _grey_bits(image: Any, body: bytes) -> int:
+    """Bits of a grey level; 8 of a palette, whose indices nothing spreads."""
+    if image.mode != "L":
+        return 8
+    return body[24] if image.format == "PNG" else int(image.tag_v2.get(_BITS, (1,))[0])
 
 
 def _decoded(image: Image.Image) -> NDArray[np.integer]:

@@ -98,6 +98,19 @@ def test_scores_stand_beside_each_other_over_their_floors(folder: Callable[..., 
     assert "b: the runs were scored on different numbers of test images" in told
 
 
+def test_floors_stand_below_whatever_encoders_are_called(folder: Callable[..., Path]) -> None:
+    floors = [score("random-init of mine", "knn", 20.0, floor=True), score("pixels", "knn", 30.0, floor=True)]
+    runs = read_runs([folder("one", scores=[*floors, score("mine", "knn", 71.0)]), folder("two")])
+    (table,) = side_by_side(runs)
+    assert [(line.name, [cell and cell.value for cell in line.cells], line.kind) for line in table.lines] == [
+        ("knn", [71.0, 71.25], "head"),
+        ("random-init of mine", [20.0, None], "under"),
+        ("pixels", [30.0, None], "under"),
+        ("random-init", [None, 20.0], "under"),
+        ("majority", [None, 10.0], "under last"),
+    ]
+
+
 def test_the_page_is_whole_and_escapes_what_it_is_given(folder: Callable[..., Path], tmp_path: Path) -> None:
     evil = {"data": {"train": "<script>alert(1)</script>s3://user:pass@bucket/x?sig=secret"}}
     page = compare([folder("one"), folder("<b>two", evil, text='{"step": 6, "lo\n')], tmp_path / "c.html")
@@ -137,8 +150,9 @@ def test_what_cannot_be_compared_is_told(
     for runs, told in cases:
         with pytest.raises(UsageError, match=told):
             compare(runs, tmp_path / "c.html")
-    with pytest.raises(UsageError, match="is a folder; name a file"):
-        compare([one, two], tmp_path)
+    for page in (tmp_path, Path(), Path("..")):
+        with pytest.raises(UsageError, match="is a folder; name a file"):
+            compare([one, two], page)
     with pytest.raises(StorageError, match="cannot be written"):
         compare([one, two], tmp_path / "no" / "such" / "c.html")
     (two / "scores.json").write_text('{"scores": [{"encoder": 1}]}')

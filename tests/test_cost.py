@@ -44,6 +44,14 @@ def test_nobody_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert Energy(torch.device("cpu"), tmp_path).read() == 0
 
 
+@pytest.mark.parametrize("span", [None, 0, "words"])
+def test_counters_that_fail_later_measure_nothing(tmp_path: Path, span: int | str | None) -> None:
+    energy = Energy(torch.device("cpu"), counters(tmp_path, 3.0))
+    file = tmp_path / "intel-rapl:0" / "max_energy_range_uj"
+    file.unlink() if span is None else file.write_text(str(span))
+    assert isnan(energy.read())
+
+
 def test_a_gpus_power_is_integrated(monkeypatch: pytest.MonkeyPatch) -> None:
     now, watts = [0.0], [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from test_samples import indexed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -407,12 +408,13 @@ def test_what_cannot_be_scored_is_said(halves: tuple[Shards, Shards], tmp_path: 
     stored = replace(subject(halves, None), preprocessing=None, sets=None)
     assert run_dense(stored) == []
     grey = np.zeros((16, 24), np.uint8)
-    for name, mask in (("none", None), ("small", np.zeros((8, 8), np.uint8))):
+    small = [("a.png", png(grey)), ("a.mask.png", png(np.zeros((8, 8), np.uint8)))]  # of somebody else's making
+    for name, files in (("none", small[:1]), ("small", small)):
         (tmp_path / name).mkdir()
-        write_shards([Sample(png(grey), mask=png(mask) if mask is not None else None)] * 2, tmp_path / name, "s")
+        indexed(tmp_path / name, [*files, *((f"b{member[1:]}", body) for member, body in files)])
     with pytest.raises(UsageError, match=r"2 of 2 samples have no mask.*shards build FOLDER TARGET --masks FOLDER"):
         run_dense(subject((halves[0], Shards(str(tmp_path / "none"))), built()))
-    with pytest.raises(DataError, match=r"s-000000.tar@\d+: mask of 8 x 8 pixels, of an image of 24 x 16; store them"):
+    with pytest.raises(DataError, match=r"x.tar@\d+: mask of 8 x 8 pixels, of an image of 24 x 16; store them"):
         run_dense(subject((halves[0], Shards(str(tmp_path / "small"))), built()))
     broken = built()
     with torch.no_grad():

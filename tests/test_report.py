@@ -5,19 +5,22 @@ import json
 import re
 import shutil
 import subprocess
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from selfsight import __version__, cli
+from selfsight import __version__, cli, plainyaml
 from selfsight.charts import MOST_POINTS, Series, line_chart, number, ticks
 from selfsight.curves import charts, curves, numbers
-from selfsight.errors import DataError
-from selfsight.finish import report_again
+from selfsight.errors import DataError, Stopped
+from selfsight.finish import read_scores, report_again
+from selfsight.recipe import load
 from selfsight.train import pretrain
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -103,8 +106,19 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path) -> None:
 def test_a_page_without_scores_says_so(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "scores.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "encoder")
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "Not scored yet" in text  # the run names sets, but has not come so far
+    assert "Use it" not in text
+    assert "create_model" not in text
+    recipe = tmp_path / "run" / "recipe.yaml"
+    tree = plainyaml.read(recipe)
+    del tree["eval"]
+    recipe.write_text(plainyaml.dump(tree))
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     assert "so nothing was scored" in (tmp_path / "run" / "report.html").read_text()
+    capsys.readouterr()
     assert cli.main(["report", "/nowhere"]) == 2
     assert "/nowhere/recipe.yaml" in capsys.readouterr().err
 
@@ -193,15 +207,68 @@ def test_a_report_goes_where_it_is_told(run: Path, tmp_path: Path, capsys: pytes
     assert (tmp_path / "there.html").read_text() == (run / "report.html").read_text()
 
 
-def test_a_section_that_fails_is_left_out_with_its_reason(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError("the disk is gone"), "the disk is gone"),
+        (torch.OutOfMemoryError("tried to\n allocate"), "OutOfMemoryError: tried to allocate"),
+        (ValueError("no shape"), "ValueError: no shape"),
+    ],
+)
+def test_a_section_that_fails_is_left_out_with_its_reason(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
     def fail(*given: Any) -> None:
-        raise DataError("the disk is gone")
+        raise error
 
     monkeypatch.setattr("selfsight.report.bank_of", fail)
     made = report_again(run, run / "other.html").read_text()
-    assert "Left out: neighbours: the disk is gone" in made
+    assert f"Left out: neighbours: {told}" in made
     assert "What it finds alike" not in made
     assert "source image" in made
+
+
+def test_scores_are_kept_whatever_the_report_fails_of(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("scores.json", "report.html"):
+        (tmp_path / "run" / name).unlink()
+
+    def fail(*given: Any) -> None:
+        raise KeyError("a slip of ours")
+
+    monkeypatch.setattr("selfsight.report.bank_of", fail)
+    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    recipe = load(tmp_path / "run" / "recipe.yaml", {"run_dir": str(tmp_path / "run")})
+    pretrain(recipe)
+    shown = capsys.readouterr()
+    assert "warning: the report could not be written (KeyError: 'a slip of ours')" in shown.out + shown.err
+    assert read_scores(tmp_path / "run" / "scores.json") == read_scores(run / "scores.json")
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_request_to_stop_is_no_reason_to_leave_something_out(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: Any) -> None:
+        raise Stopped("on request")
+
+    monkeypatch.setattr("selfsight.report.bank_of", stop)
+    with pytest.raises(Stopped):
+        report_again(run, run / "other.html")
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "scores.json").unlink()
+    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    with pytest.raises(Stopped):
+        pretrain(load(tmp_path / "run" / "recipe.yaml", {"run_dir": str(tmp_path / "run")}))
+    assert not (tmp_path / "run" / "scores.json").exists()
+
+
+@pytest.mark.parametrize("page", [".", "..", "/"])
+def test_a_folder_is_no_page(run: Path, capsys: pytest.CaptureFixture[str], page: str) -> None:
+    assert cli.main(["report", str(run), "--out", page]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-2, 1e6))
@@ -214,7 +281,16 @@ def test_ticks_span_and_are_round(low: float, width: float) -> None:
     assert all(low - 1e-6 * width <= tick <= low + width * (1 + 1e-6) for tick in inside)
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-12, -3.5, 1e9])
+@pytest.mark.parametrize(
+    "values",
+    [(0, 5e-324), (1e-320, 2e-320), (1e308, -1e308), (1e300, 0), (1e16, 1e16 + 4), (9e299, -9e299), (inf, nan)],
+)
+def test_numbers_at_the_ends_of_what_there_is_are_drawn_or_left_out(values: tuple[float, float]) -> None:
+    for line in ([(1, values[0]), (2, values[1])], [(min(values), 1), (max(values), 2)]):
+        assert not re.search("nan|inf", line_chart([Series("x", [*line, (2.0, 3.0)])]))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-12, 1e-310, -3.5, 1e9])
 def test_a_constant_line_is_drawn(value: float) -> None:
     assert "<path" in line_chart([Series("x", [(1, value), (2, value)])])
 

@@ -1,6 +1,8 @@
 """Scores as tables: rows are metrics, columns encoders; whatever scores.json may hold, and what it should not."""
 
 import re
+from math import inf, nan
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from selfsight.details import confusion, detail_charts
 from selfsight.errors import StorageError
+from selfsight.finish import read_scores
 from selfsight.marks import Mark, dots, matrix, scatter, strip
 from selfsight.score_tables import (
     Score,
@@ -76,11 +79,28 @@ def test_several_sets_are_several_tables() -> None:
         {"scores": [row("x", "y", 1.0, interval="ab")]},
         {"scores": [row("x", "y", 1.0, n="many")]},
         {"scores": [row("x", "y", 1.0, detail=[3])]},
+        {"scores": [row("x", "y", 1.0, n=float("inf"))]},
+        {"scores": ROWS, "warnings": 3},
+        {"scores": ROWS, "differences": 3},
     ],
 )
 def test_damaged_scores_are_told(found: Row) -> None:
     with pytest.raises(StorageError, match=r"scores\.json: is damaged"):
         scores_of(found)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "3", "{", "[" * 100_000, '{"scores": null}', '{"scores": [], "warnings": 3}']
+)
+def test_a_file_of_something_else_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(StorageError, match=r"scores\.json: is damaged"):
+        read_scores(tmp_path / "scores.json")
+
+
+def test_floors_are_told_by_their_rows() -> None:
+    found = scores_of({"scores": [row("random-init of a", "knn", 1.0, floor=True), row("pixels", "knn", 1.0), ROWS[0]]})
+    assert [score.floor for score in found] == [True, True, False]
 
 
 def test_warnings_are_lines_if_they_are_there() -> None:
@@ -181,9 +201,20 @@ def test_layers_without_numbers_are_no_chart() -> None:
     assert dots([[1.0], []], "").count("<circle") == 1
 
 
-@pytest.mark.parametrize("rubbish", [3, "abc", ["x"], [[1, "y"]], [[1], [2]], [None], {"a": 1}])
+@pytest.mark.parametrize(
+    "rubbish", [3, "abc", ["x"], [[1, "y"]], [[1], [2]], [None], {"a": 1}, [[inf, 1], [1, 1]], [[nan]], [[-1]]]
+)
 def test_details_of_another_shape_are_left_out(rubbish: Any) -> None:
     detail = {"curve": rubbish, "confusion": rubbish, "attention_distance": rubbish}
     scores = [Score("pretrained", "knn", 1.0, detail=detail)]
-    assert [chart.title for chart in detail_charts(scores) if chart.title != "Attention distance"] == []
+    drawn = {chart.title: chart.svg for chart in detail_charts(scores)}
+    assert set(drawn) <= {"Attention distance", "knn"}
+    assert not re.search("nan|inf", "".join(drawn.values()))
     assert confusion(scores) is None
+
+
+@pytest.mark.parametrize("classes", [5, {"a": 1}, "ab", []])
+def test_classes_that_are_no_list_are_numbered(classes: Any) -> None:
+    found = confusion([Score("pretrained", "knn", 1.0, detail={"confusion": [[1, 2], [0, 1]], "classes": classes})])
+    assert found is not None
+    assert found.pairs == ["0 taken for 1: 2 of 3"]

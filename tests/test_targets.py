@@ -33,7 +33,7 @@ from selfsight.data.packing import Encoding, Sample, write_shards
 from selfsight.data.samples import LISTED, NONE
 from selfsight.data.shards import Shards
 from selfsight.data.split import split
-from selfsight.data.targets import MASK, Targets, checksum, decode_mask, pack, parse_list, read_targets, table
+from selfsight.data.targets import MASK, Lists, Targets, checksum, decode_mask, pack, parse_list, read_targets, table
 from selfsight.errors import DataError, UsageError
 from selfsight.eval.features import labels_of, targets_of
 from selfsight.eval.labels import same_classes
@@ -77,7 +77,7 @@ def test_lists_and_masks_of_a_tar(tmp_path: Path) -> None:
     assert lists is not None
     assert lists.tolist() == [[True, False, False, True], [False] * 4, [False, False, True, False], [False] * 4]
     assert shards.masks.tolist() == [True, True, False, False]
-    assert not shards.has_masks
+    assert shards.lists == Lists(samples=2, empty=1, labels={0: 1, 3: 1})
     for again in (shards, pickle.loads(pickle.dumps(shards))):  # noqa: S301 - as a worker gets it
         assert [again.read_mask(0), again.read_mask(1)] == [MASKS["png"], MASKS["npy"]]
         with pytest.raises(BadSample, match=r"x.tar@\d+: has no mask"):
@@ -101,7 +101,8 @@ def test_a_shard_without_either_is_indexed_as_before(tmp_path: Path) -> None:
     head = np.fromfile(tmp_path / "x.tar.idx", HEADER, 1)
     assert head["targets_crc"][0] == 0
     assert shards.label_lists() is None
-    assert not shards.has_masks
+    assert shards.lists == Lists(0, 0, {})
+    assert not shards.masks.any()
     assert shards.labels.tolist() == [1]
 
 
@@ -204,7 +205,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     for cut in (0, 1, 31, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(DataError, match="damaged"):
-            _ = Shards(str(tmp_path)).has_masks
+            _ = Shards(str(tmp_path)).masks
     path.unlink()
     with pytest.raises(DataError, match=r"cannot be read .* selfsight shards index"):
         _ = Shards(str(tmp_path)).id
@@ -245,6 +246,31 @@ def test_masks_that_cannot_be_are_refused(tmp_path: Path, files: list[tuple[str,
         indexed(tmp_path, files)
 
 
+def pages(array: np.ndarray[Any, Any], count: int, form: str) -> bytes:
+    out = BytesIO()
+    more = [Image.fromarray(array + 1 + i) for i in range(count - 1)]
+    Image.fromarray(array).save(out, form, save_all=True, append_images=more)
+    return out.getvalue()
+
+
+def white_is_zero(array: np.ndarray[Any, Any]) -> bytes:
+    out = BytesIO()
+    Image.fromarray(array).save(out, "TIFF", tiffinfo={262: 0})
+    return out.getvalue()
+
+
+def tif_of_bits(values: np.ndarray[Any, Any], bits: int, photometric: int = 1) -> bytes:
+    """A TIFF of few bits, made by hand: Pillow writes none."""
+    texts = ["".join(f"{value:0{bits}b}" for value in row) for row in values]
+    rows = b"".join(int(text.ljust(16, "0"), 2).to_bytes(2, "big")[: -(-len(text) // 8)] for text in texts)
+    tags = [(256, values.shape[1]), (257, values.shape[0]), (258, bits), (259, 1), (262, photometric)]
+    tags += [(273, 8), (277, 1), (278, values.shape[0]), (279, len(rows))]
+    start = 8 + len(rows) + len(rows) % 2
+    head = b"II*\0" + start.to_bytes(4, "little") + rows.ljust(start - 8, b"\0") + len(tags).to_bytes(2, "little")
+    entries = b"".join(tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + told.to_bytes(4, "little") for tag, told in tags)
+    return head + entries + bytes(4)
+
+
 def bomb() -> bytes:
     image = png(np.zeros((1, 1), np.uint8))
     wide = (100_000).to_bytes(4, "big")
@@ -264,6 +290,10 @@ BAD_MASKS = {
     "negative": (npy(np.full((2, 2), -1, np.int16)), "from -1 to -1"),
     "wide": (npy(np.full((2, 2), 65536, np.int32)), "from 65,536"),
     "cut": (png(np.random.default_rng(0).integers(0, 9, (60, 60)).astype(np.uint8))[:200], "damaged mask"),
+    "pages": (pages(np.zeros((2, 2), np.uint8), 2, "TIFF"), "mask of several pages"),
+    "moving": (pages(np.zeros((2, 2), np.uint8), 2, "PNG"), "mask of several pages"),
+    "white is zero": (white_is_zero(np.zeros((2, 2), np.uint8)), "0 is white"),
+    "white is zero, 2 bits": (tif_of_bits(np.zeros((2, 2), np.uint8), 2, photometric=0), "0 is white"),
     "objects": (npy(np.zeros((2, 2), np.uint8)).replace(b"'|u1'", b"'|O' "), "."),
 }
 
@@ -315,6 +345,8 @@ KINDS = {
     "16 bits": png(FOUR.astype(np.uint16)),
     "npy": npy(FOUR.astype(np.int64)),
     "tif": tif(FOUR),
+    "tif of 2 bits": tif_of_bits(FOUR, 2),
+    "tif of 4 bits": tif_of_bits(FOUR, 4),
     "16-bit tif": tif(FOUR.astype(np.uint16)),
 }
 
@@ -358,6 +390,8 @@ NAMES = ["a/1.png", "a/2.png", "b/3.png"]
     [
         ("l.csv", "path,label\na/1.png,0;3\nb/3.png,\na/2.png,7;0;3\n", [[0, 3], [0, 3, 7], []]),
         ("l.csv", "a/1.png,4\r\n./a/2.png,2\r\n\r\nb/3.png,4\r\n", [4, 2, 4]),
+        ("l.csv", "a/1.png,3;\nb/3.png,;\na/2.png,65535\n", [[3], [65535], []]),
+        ("l.csv", "a/1.png,70000\nb/3.png,70000\na/2.png,1\n", [70000, 1, 70000]),  # single ones need no table
         ("l.csv", "\ufeffpath,label\n" + "a/1.png,1\na/2.png,0;1\nb/3.png,5;", [[1], [0, 1], [5]]),
         ("l.json", '{"a/1.png": 4, "a/2.png": 2, "b/3.png": 0}', [4, 2, 0]),
         ("l.JSON", '{"a/1.png": [4, 4], "a/2.png": [], "b/3.png": 0}', [[4], [], [0]]),
@@ -389,6 +423,18 @@ BAD_LABELS = {
     "name": ("l.csv", "a/1.png,cat\n", DataError, "'cat' is no label"),
     "fields": ("l.csv", "a/1.png,1,2\n", DataError, "line 1 has 3 fields"),
     "bomb": ("l.csv", "a/1.png,0;1000000000\n", DataError, "is no list of labels"),
+    "a blank among single ones": (
+        "l.csv",
+        "path,label\na/1.png,1\na/2.png, \nb/3.png,\n",
+        DataError,
+        r"line 3 has no label \(2 lines",
+    ),
+    "too large for a list": (
+        "l.csv",
+        "a/1.png,0;1\na/2.png,65536\nb/3.png,1\n",
+        DataError,
+        r"l.csv: a/2.png: b'\[65536\]' is no list of labels",
+    ),
     "other digits": ("l.csv", "a/1.png,\u0663\n", DataError, "is no label"),
     "not utf-8": ("l.csv", b"\xff\xfe\x00", DataError, "is no csv of labels"),
     "quotes": ("l.csv", '"a/1.png,1\n', DataError, "is no csv of labels"),
@@ -424,9 +470,9 @@ def test_masks_of_a_folder_through_build_split_and_check(tmp_path: Path, capsys:
     (tmp_path / "l.json").write_text('{"a/1.png": [4], "a/2.png": [2, 3], "b/3.png": []}')
     words = ["shards", "build", source, tmp_path / "out", "--masks", masks, "--labels", tmp_path / "l.json"]
     assert cli.main([*map(str, words), "--group-by", "stem"]) == 0
-    assert "3 classes, 3 groups, 3 masks" in capsys.readouterr().out
+    assert "3 classes, 3 lists of labels (1 empty), 3 groups, 3 masks" in capsys.readouterr().out
     shards = Shards(str(tmp_path / "out"))
-    assert shards.has_masks
+    assert shards.masks.all()
     assert [np.unique(decode_mask(shards.read_mask(i))).tolist() for i in range(3)] == [[0], [1], [2]]
     found = check(shards)
     assert found["lists"] == {"samples": 3, "empty": 1, "labels": {2: 1, 3: 1, 4: 1}}
@@ -469,6 +515,30 @@ def test_masks_that_are_not_the_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="are for a folder of images"):
         build("digits:train", tmp_path / "out", reading=Reading(labels=tmp_path / "l.csv"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", [Encoding(), Encoding(short_side=4)])
+def test_a_mask_of_another_size_is_not_packed(tmp_path: Path, encoding: Encoding) -> None:
+    source, masks = with_masks(tmp_path)
+    (masks / "a/2.npy").write_bytes(npy(np.zeros((8, 6), np.uint8)))
+    with pytest.raises(DataError, match=r"masks/a/2.npy: mask of 6 x 8 pixels, of an image of 8 x 6; remove or repair"):
+        build(str(source), tmp_path / "out", reading=Reading(masks=masks), encoding=encoding)
+    assert not (tmp_path / "out").exists()
+    out, image = BytesIO(), Image.new("L", (8, 6))
+    image.getexif()[0x0112] = 6
+    image.save(out, "JPEG", exif=image.getexif())  # is seen upright, 6 wide and 8 high
+    write_shards([Sample(out.getvalue(), mask=npy(np.zeros((8, 6), np.uint8)))], tmp_path, "turned", encoding)
+    with pytest.raises(DataError, match="image 1 of the source: mask of 8 x 6 pixels, of an image of 6 x 8"):
+        write_shards([Sample(out.getvalue(), mask=npy(np.zeros((6, 8), np.uint8)))], tmp_path, "lying", encoding)
+
+
+def test_lists_are_counted_without_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder_of(tmp_path / "src", NAMES)
+    (tmp_path / "l.json").write_text('{"a/1.png": [4, 9], "a/2.png": [], "b/3.png": 9}')
+    monkeypatch.setattr("selfsight.data.targets.TABLE_MOST", 1)
+    built = build(str(source), tmp_path / "out", reading=Reading(labels=tmp_path / "l.json"))
+    assert (built.classes, built.lists, built.empty) == (2, 3, 1)
+    assert check(Shards(str(tmp_path / "out")))["lists"] == {"samples": 3, "empty": 1, "labels": {4: 1, 9: 2}}
 
 
 def test_check_tells_a_mask_of_another_size(tmp_path: Path) -> None:

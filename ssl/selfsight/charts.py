@@ -1,7 +1,7 @@
 """Line charts as plain SVG: no script, no font, nothing to load; colours come from the page's style."""
 
 from html import escape
-from math import ceil, floor, isfinite, log10
+from math import ceil, floor, log10
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 420, 200
@@ -10,6 +10,7 @@ MOST_POINTS = 400  # of a line
 MOST_TOLD = 60  # points of a line that tell their value
 FEW = 12  # points that are drawn as dots beside their line
 COLOURS = 8
+HUGE, TINY = 1e300, 1e-300  # beyond which differences of numbers are no numbers any more
 
 
 class Series(NamedTuple):
@@ -17,7 +18,7 @@ class Series(NamedTuple):
 
     name: str
     points: list[tuple[float, float]]
-    """(x, y), x ascending; values that are not finite are left out."""
+    """(x, y), x ascending; values that are not finite, or beyond 1e300, are left out."""
     dashed: bool = False
     colour: int | None = None
     """Which of the page's colours; None: by its place among the series."""
@@ -25,7 +26,7 @@ class Series(NamedTuple):
 
 def line_chart(series: list[Series], unit: str = "", label: str = "", x: str = "step") -> str:
     """An SVG of one or several lines over the training steps, or over `x`; points tell their value when hovered."""
-    finite = [[p for p in s.points if isfinite(p[0]) and isfinite(p[1])] for s in series]
+    finite = [[p for p in s.points if all(abs(value) < HUGE for value in p)] for s in series]
     most = max(MOST_TOLD, MOST_POINTS * 2 // max(1, len(series)))
     series = [
         s._replace(points=_thin(points, min(MOST_POINTS, most)), colour=i if s.colour is None else s.colour)
@@ -91,10 +92,11 @@ def _marks(line: Series, frame: Frame, unit: str, x: str) -> list[str]:
 
 def ticks(low: float, high: float, count: int = 4, inside: bool = False) -> list[float]:
     """About `count` round numbers that span [low, high], or that lie inside it."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
+    if high - low <= max(TINY, 1e-9 * max(abs(low), abs(high))):
         if inside:
             return [low]
-        low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
+        room = abs(low) * 0.1 if abs(low) > TINY else 1.0
+        low, high = low - room, high + room
     raw = (high - low) / count
     power = 10.0 ** floor(log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)

@@ -547,9 +547,10 @@ def _build(options: argparse.Namespace) -> int:
     )
     classes = f"{built.classes} classes" if built.classes else "no labels"
     groups = f", {built.groups:,} groups" if built.groups else ""
+    lists = f", {built.lists:,} lists of labels ({built.empty:,} empty)" if built.lists else ""
     masks = f", {built.masks:,} masks" if built.masks else ""
     print(
-        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}{groups}{masks}, "
+        f"{built.folder}: {built.samples:,} samples in {built.shards} shards, {classes}{lists}{groups}{masks}, "
         f"{built.bytes / 2**20:,.1f} MiB"
     )
     return 0

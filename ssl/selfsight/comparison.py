@@ -13,12 +13,11 @@ from selfsight.errors import UsageError
 from selfsight.finish import read_scores
 from selfsight.metrics import flatten
 from selfsight.redact import redact, redact_tree
-from selfsight.report import METRICS, template
+from selfsight.report import METRICS, require_page, template
 from selfsight.run_folder import damaged_lines, read_lines, write_atomically
 from selfsight.score_tables import Score, scores_of, warnings
 
 MOST_RUNS = 8  # as many as there are colours to tell apart
-OWN = "pretrained"
 _SAME = {"run_dir"}  # differs between any two runs
 
 
@@ -80,8 +79,7 @@ def compare(runs: Sequence[str | Path], out: str | Path = "compare.html") -> Pat
     target = Path(out)
     if not 2 <= len(runs) <= MOST_RUNS:
         raise UsageError(f"a comparison is of 2 to {MOST_RUNS} runs, not {len(runs)}")
-    if target.is_dir():
-        raise UsageError(f"{target}: is a folder; name a file, such as {target / 'compare.html'}")
+    require_page(target)
     read = read_runs([Path(run) for run in runs])
     common, rare = what_differs(read)
     page = template("compare.html.j2").render(
@@ -192,13 +190,15 @@ def _lines(group: list[list[Score]]) -> list[Line]:
     own = [[score for score in scores if score.evaluator != "majority"] for scores in group]
     majority = [next((score for score in scores if score.evaluator == "majority"), None) for scores in group]
     for name in dict.fromkeys(score.name for scores in own for score in scores):
-        rows = {score.encoder: None for scores in own for score in scores if score.name == name}
-        accuracy = all(score.metric == "accuracy" for scores in own for score in scores if score.name == name)
-        block = []
-        for encoder in sorted(rows, key=lambda encoder: encoder != OWN):
-            cells = [next((s for s in scores if (s.name, s.encoder) == (name, encoder)), None) for scores in own]
-            block.append(Line(name if encoder == OWN else encoder, cells, "head" if encoder == OWN else "under"))
-        if accuracy and any(majority):
+        rows = [[score for score in scores if score.name == name] for scores in own]
+        heads = [next((score for score in scores if not score.floor), None) for scores in rows]
+        rest = [[s for s in scores if s is not head] for scores, head in zip(rows, heads, strict=True)]
+        block = [Line(name, heads, "head")]
+        for encoder in dict.fromkeys(score.encoder for scores in rest for score in scores):
+            block.append(
+                Line(encoder, [next((s for s in them if s.encoder == encoder), None) for them in rest], "under")
+            )
+        if any(majority) and all(score.metric == "accuracy" for scores in rows for score in scores):
             block.append(Line("majority", list(majority), "under"))
         block[-1] = block[-1]._replace(kind=f"{block[-1].kind} last" if len(block) > 1 else "")
         lines += block

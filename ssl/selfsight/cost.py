@@ -51,11 +51,14 @@ class Energy:
             return nan if isnan(self.watts) else joules
         if not self.counters:
             return nan
-        counted = [_read(counter) for counter in self.counters]
-        spans = [_read(counter.with_name("max_energy_range_uj")) for counter in self.counters]
-        spent = [
-            (now - before) % span for now, before, span in zip(counted, self.counted, spans, strict=True)
-        ]  # they wrap around
+        try:
+            counted = [_read(counter) for counter in self.counters]
+            spans = [_read(counter.with_name("max_energy_range_uj")) for counter in self.counters]
+            spent = [
+                (now - before) % span for now, before, span in zip(counted, self.counted, spans, strict=True)
+            ]  # they wrap around
+        except (OSError, ValueError, ZeroDivisionError):  # they are gone, or a span of 0: then nobody measures it
+            return nan
         self.counted = counted
         return sum(spent) / 1e6
 

@@ -1,6 +1,7 @@
 """What evaluators give with their scores, drawn: what is confused, curves over a severity, how far attention looks."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 from selfsight.charts import Series, line_chart
@@ -29,8 +30,9 @@ def confusion(scores: Sequence[Score]) -> Confusion | None:
     if not known:
         return None
     score = known[0]
-    counts = [[int(count) for count in row] for row in _table_of(score.detail["confusion"])]
-    names = [str(name) for name in score.detail.get("classes") or range(len(counts))]
+    counts = _counts(score.detail["confusion"])
+    classes = score.detail.get("classes")
+    names = [str(name) for name in (classes if isinstance(classes, list) and classes else range(len(counts)))]
     if not counts or len(names) != len(counts) or any(len(row) != len(counts) for row in counts):
         return None
     wrong = sorted(((n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j), reverse=True)
@@ -66,6 +68,11 @@ def detail_charts(scores: Sequence[Score]) -> list[Chart]:
 
 def _points(curve: Any) -> list[tuple[float, float]]:
     return sorted((row[0], row[1]) for row in _table_of(curve) if len(row) == 2)
+
+
+def _counts(rows: Any) -> list[list[int]]:
+    table = _table_of(rows)
+    return [[int(n) for n in row] for row in table] if all(0 <= n < inf for row in table for n in row) else []
 
 
 def _table_of(rows: Any) -> list[list[float]]:

@@ -1,6 +1,7 @@
 """After the last step: the export, scores of exactly that export, and the report."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from selfsight import __version__, checkpoint, console
 from selfsight.assemble import Parts, assemble, libraries
-from selfsight.errors import StorageError, UsageError
+from selfsight.errors import Stopped, UsageError
 from selfsight.eval.evaluate import evaluate
 from selfsight.eval.ranks import ALONE, Ranks
 from selfsight.export import export, timm_line, write_card_again
@@ -16,8 +17,9 @@ from selfsight.exports.card import facts_of, hardware_of
 from selfsight.faults import faultpoint
 from selfsight.quarantine import replaced
 from selfsight.recipe import load
-from selfsight.report import write_report
+from selfsight.report import require_page, told_briefly, write_report
 from selfsight.run_folder import write_atomically
+from selfsight.score_tables import scores_of
 
 
 def finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -60,12 +62,23 @@ def _finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> d
         scores = _scores(parts, device, workers, ranks)
     if told := replaced(folder):
         console.say(f"warning: {told} ({folder / 'quarantine.jsonl'})")
-    write_report(parts, scores, device)
+    _report(parts, scores, device)
     facts = facts_of(folder)._replace(scores=tuple(scores["scores"]))
     write_card_again(parts.scored, folder / "encoder", facts)
     write_atomically(scores_file, json.dumps(scores, indent=1))
-    console.say(f"report: {folder / 'report.html'}\nload it: {timm_line(folder / 'encoder')}")
+    console.say(f"load it: {timm_line(folder / 'encoder')}")
     return scores
+
+
+def _report(parts: Parts, scores: dict[str, Any], device: torch.device) -> None:
+    folder = parts.recipe.run_dir
+    try:
+        console.say(f"report: {write_report(parts, scores, device)}")
+    except Stopped:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a drawing fails of, the scores are not to be lost to it
+        again = f"`selfsight report {folder}` tries again"
+        console.say(f"warning: the report could not be written ({told_briefly(error)}); {again}")
 
 
 def _scores(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> dict[str, Any]:
@@ -89,21 +102,22 @@ def read_scores(path: Path) -> dict[str, Any]:
     Raises:
         StorageError: something else.
     """
-    try:
-        found: Any = json.loads(path.read_text())
-        rows = [{**dict(row), "value": float(row["value"])} for row in found["scores"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise StorageError(f"{path}: is damaged; remove it, and the same command scores again") from None
-    return found | {"scores": rows}
+    found: Any = None
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        found = {"scores": None, **json.loads(path.read_text())}
+    rows = scores_of(found, str(path))
+    return found | {"scores": [row | {"value": own.value} for row, own in zip(found["scores"], rows, strict=True)]}
 
 
 def report_again(folder: str | Path, out: Path | None = None) -> Path:
     """Write the report of a run, as far as it has come, from what its folder holds: into it, or to `out`.
 
     Raises:
-        UsageError: not a run folder, one without a checkpoint, or one that another release wrote and this cannot read.
+        UsageError: `out` is a folder; not a run folder, one without a checkpoint, or one that another release wrote and this cannot read.
     """
     folder = Path(folder)
+    if out is not None:
+        require_page(out)
     if not (folder / "recipe.yaml").is_file():
         raise UsageError(f"{folder}: is no run folder (no {folder / 'recipe.yaml'})")
     newest, _ = checkpoint.newest(folder / "checkpoints")

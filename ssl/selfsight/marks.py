@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from html import escape
-from math import isfinite
 from typing import NamedTuple
 
-from selfsight.charts import COLOURS, HEIGHT, WIDTH, Frame, number, ticks
+from selfsight.charts import COLOURS, HEIGHT, HUGE, WIDTH, Frame, number, ticks
 
 STRIP = 180  # width of a scale from 0 to 100
 MAP = 360  # side of a map
@@ -103,7 +102,7 @@ def matrix(counts: Sequence[Sequence[int]], names: Sequence[str], label: str) ->
 
 def dots(layers: Sequence[Sequence[float]], label: str, unit: str = "") -> str:
     """Values of the heads of each layer, and a line through their means."""
-    kept = [[value for value in heads if isfinite(value)] for heads in layers]
+    kept = [[value for value in heads if abs(value) < HUGE] for heads in layers]
     if not any(kept):
         return ""
     scale = ticks(min(0.0, *(v for heads in kept for v in heads)), max(v for heads in kept for v in heads))

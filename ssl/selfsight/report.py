@@ -17,7 +17,7 @@ from selfsight.assemble import Parts
 from selfsight.cost import cost
 from selfsight.curves import Chart, charts, numbers
 from selfsight.details import confusion, detail_charts
-from selfsight.errors import SelfsightError
+from selfsight.errors import SelfsightError, Stopped, UsageError
 from selfsight.eval.tables import difference_lines
 from selfsight.export import timm_line
 from selfsight.maps import attention_strips, token_strips
@@ -35,6 +35,12 @@ from selfsight.score_tables import (
 )
 
 METRICS = "metrics.jsonl"
+_FAILURES = (
+    SelfsightError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)  # of pictures; the last two of PyTorch, NumPy, scikit-learn
 
 
 @dataclass
@@ -56,7 +62,7 @@ def write_report(parts: Parts, found: Mapping[str, Any], device: torch.device, o
     Args:
         found: what scores.json holds, or is going to.
     """
-    folder, made = parts.recipe.run_dir, parts.encoder.preprocessing
+    folder, made, eval_sets = parts.recipe.run_dir, parts.encoder.preprocessing, parts.recipe.eval
     lines = numbers(read_lines(folder / METRICS))
     scores = scores_of(found, str(folder / "scores.json"))
     page = template("report.html.j2").render(
@@ -81,13 +87,20 @@ def write_report(parts: Parts, found: Mapping[str, Any], device: torch.device, o
         warnings=warnings(found),
         floors=FLOORS,
         cost=cost(lines, parts.recipe.train.batch_size),
-        load_line=timm_line(folder / "encoder"),
+        sets_named=bool(eval_sets.train and eval_sets.test),
+        load_line=timm_line(folder / "encoder") if (folder / "encoder").is_dir() else "",
         recipe=parts.recipe.to_yaml(),
         environment=_environment(device),
     )
     target = out or folder / "report.html"
     write_atomically(target, redact(page))
     return target
+
+
+def require_page(out: Path) -> None:
+    """Raise UsageError where a folder stands at the place of a page."""
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
 
 
 def template(name: str) -> jinja2.Template:
@@ -124,9 +137,18 @@ def what_it_sees(parts: Parts, device: torch.device) -> Seen:
     for name, make in sections.items():
         try:
             make()
-        except (SelfsightError, OSError) as error:
-            seen.left_out.append(f"{name}: {error.told if isinstance(error, SelfsightError) else error}")
+        except Stopped:
+            raise
+        except _FAILURES as error:
+            seen.left_out.append(f"{name}: {told_briefly(error)}")
     return seen
+
+
+def told_briefly(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, SelfsightError):
+        return error.told
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _environment(device: torch.device) -> dict[str, str]:

@@ -33,6 +33,8 @@ class Score:
     samples: int = 0
     protocol: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
+    marked: bool = False
+    """As a floor, by its row; those of earlier releases are known by their names."""
 
     @property
     def name(self) -> str:
@@ -42,7 +44,7 @@ class Score:
     @property
     def floor(self) -> bool:
         """Whether it is there to compare with."""
-        return self.encoder in FLOORS
+        return self.marked or self.encoder in FLOORS
 
     @property
     def shown(self) -> str:
@@ -100,8 +102,9 @@ def scores_of(found: Mapping[str, Any], where: str = "scores.json") -> list[Scor
         StorageError: something in it is not what it should be.
     """
     try:
+        warnings(found), list(found.get("differences") or ())
         return [_score(row) for row in found.get("scores", ())]
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise StorageError(
             f"{where}: is damaged; remove it, and `selfsight eval` or the run's own command scores again"
         ) from None
@@ -123,6 +126,7 @@ def _score(row: Mapping[str, Any]) -> Score:
         float(row["value"]),
         interval=low_high,
         detail=detail,
+        marked=bool(row.get("floor")),
         **numbers,  # type: ignore[arg-type]
         **texts,  # type: ignore[arg-type]
     )

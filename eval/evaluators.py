@@ -52,7 +52,6 @@ EVALUATORS: Mapping[str, Evaluator] = {
     "bags": Evaluator(
         bags.run,
         "one label a slide or patient: attention over the samples of a group",
-        twins=1,
         ready=bags.require_groups,
     ),
     "robust": Evaluator(run_robust, "kNN of occluded, permuted, shifted and corrupted test images", twins=1),

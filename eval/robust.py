@@ -14,7 +14,9 @@ from selfsight import keyed
 from selfsight.encoder import Encoder, pool_tokens
 from selfsight.errors import UsageError
 from selfsight.eval.features import Extraction, extract, prepared
-from selfsight.eval.knn import TEMPERATURE, dense_labels, knn, predict, unit
+from selfsight.eval.knn import TEMPERATURE, knn, predict, unit
+from selfsight.eval.labels import dense_labels
+from selfsight.eval.masked import pixel_patch
 from selfsight.eval.perturb import corrupt, kept, occlude, permute_patches, severities, shift
 from selfsight.eval.subject import Outcome, Subject
 
@@ -94,9 +96,8 @@ def run_robust(subject: Subject) -> list[Outcome]:
     ids = np.linspace(0, size - 1, min(SAMPLES, size)).round().astype(np.int64)
     found = judge(_seen(subject, subject.encoder, ids), unit(bank), fit, held[torch.from_numpy(ids)], k)
     test = f"{len(ids):,} of {size:,} test images, evenly spaced" if len(ids) < size else f"all {size:,} test images"
-    return _outcomes(
-        found, f"clean kNN (weights exp(s/{TEMPERATURE}), k={k}, {subject.pool}) on {test}", subject.encoder
-    )
+    on = f"clean kNN (weights exp(s/{TEMPERATURE}), k={k}, {subject.pool}) on {test}"
+    return _outcomes(found, on, subject.encoder, subject.pool)
 
 
 def _chosen_k(subject: Subject, bank: Tensor) -> int:
@@ -132,7 +133,7 @@ def features(encoder: Encoder, images: Tensor, ids: np.ndarray, pool: str) -> It
         return encoder.embed(changed, pool).float().cpu()
 
     yield CLEAN, embedded(images)
-    draws = _uniform("occlusion", ids, encoder.plane_grid[0] * encoder.plane_grid[1], images)
+    draws = _uniform("occlusion", ids, (made.image_size // occluded_patch(encoder)) ** 2, images)
     for share in SHARES:
         yield ("occlusion", share), _occluded(encoder, images, share, draws, pool).float().cpu()
     for grid in grids(made.image_size):
@@ -161,12 +162,17 @@ def grids(size: int) -> list[int]:
 def _occluded(encoder: Encoder, images: Tensor, share: float, draws: Tensor, pool: str) -> Tensor:
     """Without a share of the patches where the encoder can leave them out, else with them in the mean colour."""
     if not leaves_out(encoder, pool):
-        return encoder.embed(occlude(images, share, images.shape[-1] // encoder.plane_grid[0], draws), pool)
+        return encoder.embed(occlude(images, share, occluded_patch(encoder), draws), pool)
     places = kept(draws, share)
     planes = encoder.patches // draws.shape[1]
     starts = torch.arange(planes, device=places.device)[:, None] * draws.shape[1]
     keep = (starts[None] + places[:, None]).flatten(1)  # the same places of all planes
     return pool_tokens(encoder(images, keep=keep), pool)
+
+
+def occluded_patch(encoder: Encoder) -> int:
+    """Side of what is occluded, pixels: the patch of a plain ViT; of others the largest of which 14 a side fit, as raw pixels have."""
+    return encoder.patch if encoder.plain else pixel_patch(encoder.preprocessing.image_size)
 
 
 def leaves_out(encoder: Encoder, pool: str) -> bool:
@@ -210,9 +216,9 @@ class Row(NamedTuple):
     unit: str = "%"
 
 
-def _rows(found: Answers, encoder: Encoder) -> Iterator[Row]:
+def _rows(found: Answers, encoder: Encoder, pool: str) -> Iterator[Row]:
     cut, moved = curve(found.hits, "permutation"), curve(found.same, "shift")
-    left = "left out" if leaves_out(encoder, encoder.pool) else "in the mean colour"
+    left = "left out" if leaves_out(encoder, pool) else "in the mean colour"
     told = f"half of the patches {left}, drawn for each image (Naseer et al. 2021)"
     yield Row("occlusion 50 %", "share of patches dropped", told, curve(found.hits, "occlusion"), 0.5, 0.0)
     tiles = min(cut, key=lambda grid: abs(grid - 4), default=4)
@@ -232,11 +238,11 @@ def _rows(found: Answers, encoder: Encoder) -> Iterator[Row]:
     yield Row("missing channel", "channel", told, curve(found.hits, "missing channel"))
 
 
-def _outcomes(found: Answers, on: str, encoder: Encoder) -> list[Outcome]:
+def _outcomes(found: Answers, on: str, encoder: Encoder, pool: str) -> list[Outcome]:
     clean = found.hits[CLEAN]
     told = f"robust: {on}; "
     made = [Outcome((_mean(clean, "%"),), f"{told}images as they are", metric="clean", each=clean)]
-    for row in _rows(found, encoder):
+    for row in _rows(found, encoder, pool):
         if not row.values:
             continue
         each = row.values[row.at] if row.at is not None else torch.stack([*row.values.values()]).mean(0)

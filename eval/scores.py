@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfsight import __version__
 from selfsight.eval.features import Features
-from selfsight.eval.intervals import Draws, draws_of, interval
+from selfsight.eval.intervals import LEAST_UNITS, Draws, draws_of, interval, units_of
 from selfsight.eval.subject import Outcome
 
 Score = dict[str, Any]
@@ -93,7 +93,7 @@ def with_intervals(rows: Sequence[Row], groups: Tensor, seed: int) -> list[Row]:
         seed: the number of the set.
     """
     known = [row for row in rows if row.each is not None and len(row.each) == len(groups) and _averages(row)]
-    if not known:
+    if not known or units_of(groups)[1] < LEAST_UNITS:
         return list(rows)
     each = torch.stack([row.each * row.scale for row in known if row.each is not None], dim=1)
     drawn = dict(zip(map(id, known), draws_of(each, groups, seed=seed).T, strict=True))

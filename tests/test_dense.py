@@ -29,7 +29,7 @@ from selfsight.eval import dense as module
 from selfsight.eval.dense import (
     HEADS,
     classes_of,
-    confusion,
+    counts_of,
     dense,
     index_of,
     iou,
@@ -44,6 +44,7 @@ from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.features import CentralCrops, Features
 from selfsight.eval.knn import held_out, predict, unit
 from selfsight.eval.masked import MaskedCrops, patch_tokens, pixel_tokens, tokens_and_masks
+from selfsight.eval.quality import confusion
 from selfsight.eval.subject import Options, Subject
 from selfsight.recipe import DataConfig, EncoderConfig
 
@@ -124,7 +125,7 @@ def test_masks_that_are_no_whole_patches_are_refused() -> None:
 
 def test_values_may_be_any() -> None:
     masks = torch.tensor([[[7, 255, 300]]])
-    assert classes_of(masks) == [7, 300]
+    assert classes_of(counts_of(masks)) == [7, 300]
     assert index_of(masks, [7, 300]).tolist() == [[[0, -1, 1]]]
     for bad, told in (
         ([[[3, 255]]], "have 1 classes"),
@@ -132,7 +133,7 @@ def test_values_may_be_any() -> None:
         ([[[*range(1300)]]], "1,299 classes"),
     ):
         with pytest.raises(UsageError, match=told):
-            classes_of(torch.tensor(bad))
+            classes_of(counts_of(torch.tensor(bad)))
 
 
 def scenes(count: int, seed: int, noise: float = 0.7) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from selfsight.eval import robust as module
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.features import Extraction, Features, extract, prepared
 from selfsight.eval.knn import knn, predict, unit
+from selfsight.eval.masked import pixel_patch
 from selfsight.eval.perturb import (
     BLUR,
     CONTRAST,
@@ -38,7 +39,7 @@ from selfsight.eval.perturb import (
     severities,
     shift,
 )
-from selfsight.eval.robust import CLEAN, Answers, curve, features, grids, judge, leaves_out, run_robust
+from selfsight.eval.robust import CLEAN, Answers, curve, features, grids, judge, leaves_out, occluded_patch, run_robust
 from selfsight.eval.subject import Options, Outcome, Subject
 from selfsight.recipe import DataConfig, EncoderConfig
 
@@ -284,6 +285,23 @@ def test_volumes_channel_tokens_and_others_are_perturbed_too() -> None:
         keep = kept(module._uniform("occlusion", np.arange(2), 16, images), 0.5)
         places = torch.cat([keep, 16 + keep, 32 + keep], dim=1)
         assert torch.allclose(found["occlusion", 0.5], tokens(images, keep=places).patches.mean(1), atol=1e-5)
+
+
+def test_a_backbone_without_patches_is_perturbed_in_tiles(halves: tuple[Shards, Shards]) -> None:
+    encoder = built(name="resnet18", image_size=32, pool="head", patch=None, width=None, depth=None, heads=None)
+    found = by_metric(run_robust(subject(halves, encoder)))
+    assert "half of the patches in the mean colour" in found["occlusion 50 %"].protocol
+    assert [occluded_patch(built()), occluded_patch(encoder)] == [2, 2]
+    assert [pixel_patch(size) for size in (224, 32, 30, 8)] == [16, 2, 2, 1]
+
+
+def test_the_text_is_of_the_pool_that_is_asked(halves: tuple[Shards, Shards]) -> None:
+    """An encoder whose own pool is `head` leaves no patches out, but does so for `mean`."""
+    it = subject(halves, built(pool="head"))
+    vectors = [extract(it.encoder, one, CPU, ("mean", "head")) for one in halves]  # type: ignore[arg-type]
+    for pool, how in (("mean", "left out"), ("head", "in the mean colour")):
+        own = by_metric(run_robust(replace(it, pool=pool, train=vectors[0], test=vectors[1])))
+        assert f"half of the patches {how}" in own["occlusion 50 %"].protocol
 
 
 def test_grids_divide_the_side() -> None:

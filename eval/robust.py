@@ -50,21 +50,24 @@ class Answers(NamedTuple):
 def judge(made: Mapping[Key, Tensor], bank: Tensor, fit: Tensor, held: Tensor, k: int) -> Answers:
     """Ask the bank for each perturbation's features.
 
+    A perturbed image of which an encoder leaves nothing (ReLUs of one that is untrained) is told wrong, at a cosine of 0.
+
     Args:
         made: (M, D) features by what was done, those of `CLEAN` among them.
         bank: (N, D) of unit length; `fit` their labels, 0 to C - 1.
         held: (M,) the true labels.
 
     Raises:
-        NumericError: features that are not finite or have length zero.
+        NumericError: features that are not finite, or clean ones of length zero.
     """
     clean, found = unit(made[CLEAN]), Answers({}, {}, {})
     answer = predict(bank, fit, clean, (k,))[:, 0]
     for key, feature in made.items():
-        directions = unit(feature)
-        said = predict(bank, fit, directions, (k,))[:, 0]
+        gone = feature.norm(dim=1) == 0
+        directions = unit(torch.where(gone[:, None], clean, feature))
+        said = predict(bank, fit, directions, (k,))[:, 0].masked_fill(gone, -1)
         found.hits[key], found.same[key] = (said == held).float(), (said == answer).float()
-        found.cosine[key] = (directions * clean).sum(1)
+        found.cosine[key] = (directions * clean).sum(1) * ~gone
     return found
 
 

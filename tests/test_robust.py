@@ -322,6 +322,13 @@ def test_the_bank_is_asked_for_each() -> None:
     assert curve({("a", 2.0): clean, ("b", 1.0): worse}, "a") == {2.0: clean}
     with pytest.raises(NumericError, match="not finite or have length zero"):
         judge({CLEAN: clean, ("blur", 1.0): worse * torch.nan}, bank, fit, held, 3)
+    worse[4] = 0  # nothing is left of it
+    lost = judge({("noise", 1.0): worse, CLEAN: clean}, bank, fit, held, 3)
+    assert [lost.hits["noise", 1.0][4], lost.same["noise", 1.0][4], lost.cosine["noise", 1.0][4]] == [0, 0, 0]
+    rest = torch.arange(12) != 4
+    assert torch.equal(lost.hits["noise", 1.0][rest], found.hits["noise", 1.0][rest])
+    with pytest.raises(NumericError, match="length zero"):
+        judge({CLEAN: worse}, bank, fit, held, 3)
     assert Answers._fields == ("hits", "same", "cosine")
 
 

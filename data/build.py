@@ -5,7 +5,6 @@ import gzip
 import inspect
 import json
 import lzma
-import mmap
 import shutil
 import tempfile
 import zlib
@@ -22,7 +21,7 @@ from selfsight.data import digits
 from selfsight.data.folders import Reading, read_folder
 from selfsight.data.index import build_index
 from selfsight.data.packing import UNCHANGED, Encoding, Sample, write_shards
-from selfsight.data.samples import LISTED, NONE, pair
+from selfsight.data.samples import LISTED, NONE, notes_of
 from selfsight.data.shards import Shards, find_shards
 from selfsight.data.stats import SUFFIX
 from selfsight.data.targets import SUFFIX as TARGETS
@@ -192,7 +191,7 @@ def _on_disk(source: str) -> list[Path]:
 
 def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
     """The samples of shards, to be written in another form."""
-    notes = (note for path in shards.paths if isinstance(path, Path) for note in _notes(path))
+    notes = (note for path in shards.paths if isinstance(path, Path) for note in notes_of(path))
     lists = shards.label_lists()
     columns = zip(shards.labels, shards.groups, shards.frames, shards.masks, notes, strict=True)
     for i, (label, group, frames, masked, note) in enumerate(columns):
@@ -203,14 +202,6 @@ def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
             known = np.flatnonzero(lists[i]).tolist()
         mask = shards.read_mask(i) if masked and not unlabelled else None
         yield Sample(image, known, None if group == NONE else int(group), note, mask)
-
-
-def _notes(path: Path) -> list[bytes | None]:
-    """What `KEY.json` says of each sample of a shard."""
-    with path.open("rb") as file:
-        buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    found = [fields.get("json") for fields in pair(str(path), buffer, "exclude")[0].values()]
-    return [bytes(buffer[note.offset : note.offset + note.size]) if note else None for note in found]
 
 
 def _names(path: Path) -> list[str]:

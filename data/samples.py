@@ -6,9 +6,11 @@ may be a list of them, a mask (`KEY.mask.png`), and the number of the patient, s
 (`KEY.group`).
 """
 
+import mmap
 import re
 import zlib
 from hashlib import blake2b
+from pathlib import Path
 
 from selfsight.data.decode import BadSample
 from selfsight.data.tar import Member, members
@@ -59,6 +61,19 @@ def pair(shard: str, buffer: memoryview, missing: str) -> tuple[dict[str, Fields
     if left and missing == "error":
         raise DataError(f"{shard}: {left}; leave them out with --missing exclude")
     return {key: fields for key, fields in samples.items() if key not in lacks}, left
+
+
+def notes_of(path: Path) -> list[bytes | None]:
+    """What `KEY.json` says of each sample of a shard.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: a damaged tar.
+    """
+    with path.open("rb") as file:
+        buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    found = [fields.get("json") for fields in pair(str(path), buffer, "exclude")[0].values()]
+    return [bytes(buffer[note.offset : note.offset + note.size]) if note else None for note in found]
 
 
 def record(shard: str, buffer: memoryview, key: str, fields: Fields) -> Row:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfsight import keyed
-from selfsight.eval.checks import device_of_fits
+from selfsight.eval.ranks import own_device
 
 HIDDEN = 64  # width of V and U
 BATCH, EPOCHS, LEAST_STEPS, MOST_STEPS = 16, 30, 200, 5000  # bags
@@ -50,7 +50,7 @@ def fit_attention(
         heads: (rate, decay) of each.
         seeds: of each head's initial weights; the first one's of the order, too.
     """
-    device = device_of_fits()
+    device = own_device()
     order = of.argsort(stable=True)
     features, parts = features[order].to(device), of.bincount(minlength=len(labels)).tolist()
     spans = list(torch.arange(len(of)).split(parts))

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from selfsight.errors import UsageError
 from selfsight.eval.abmil import HIDDEN, fit_attention, scored
-from selfsight.eval.checks import checked, one_label
 from selfsight.eval.features import Features
-from selfsight.eval.knn import dense_labels, held_out
+from selfsight.eval.labels import checked, dense_labels, held_out, one_label, plain
 from selfsight.eval.linear import Standardizer
 from selfsight.eval.logistic import logistic
+from selfsight.eval.places import places_of
 from selfsight.eval.subject import SEEDS, Options, Outcome, Subject
 
 RATES, DECAYS = (3e-4, 1e-3, 3e-3), (0.1, 10.0)
@@ -101,6 +101,7 @@ def mean_pooled(
 
 def _means(features: Tensor, bags: Bags) -> Tensor:
     """The mean of each bag (B, D)."""
+    features = plain(features)
     total = features.new_zeros(len(bags.labels), features.shape[1]).index_add_(0, bags.of, features)
     return total / bags.of.bincount()[:, None]
 
@@ -187,17 +188,16 @@ def attention_of(found: BagsResult, most_bags: int = MOST_BAGS, most: int = MOST
     return answer
 
 
-def heat_map(left: Tensor, top: Tensor, size: int, weights: Tensor) -> Tensor:
-    """A picture of a slide, one pixel a tile: weights (n,) by the largest of them, NaN where there is no tile, (rows, columns).
-
-    Args:
-        left, top: (n,) pixels, as `KEY.json` has them beside each tile in its shard.
-        size: the stride of the tiles, pixels.
-    """
-    rows, columns = top // size, left // size
-    picture = torch.full((int(rows.max()) + 1, int(columns.max()) + 1), torch.nan)
-    picture[rows, columns] = (weights / weights.max()).float()
-    return picture
+def _details(subject: Subject, found: BagsResult) -> dict[str, Any]:
+    """`attention_of`, and where those samples lie in their slides, if the shards say so: {group: [[left, top], ...]}."""
+    told = attention_of(found)
+    places = places_of(subject.sets[1]) if subject.encoder is not None and subject.sets is not None else None
+    if places is None:
+        return {"attention": told}
+    return {
+        "attention": told,
+        "places": {group: places[[row for row, _ in pairs]].tolist() for group, pairs in told.items()},
+    }
 
 
 def run(subject: Subject) -> list[Outcome]:
@@ -217,7 +217,7 @@ def run(subject: Subject) -> list[Outcome]:
         {"C": strength, "pool": subject.pool},
     )
     return [
-        Outcome(found.auc, attention, chosen, "AUC", detail={"attention": attention_of(found)}),
+        Outcome(found.auc, attention, chosen, "AUC", detail=_details(subject, found)),
         Outcome(found.accuracy, attention, chosen, "accuracy"),
         Outcome((auc,), mean, plain, "AUC, means"),
         Outcome((accuracy,), mean, plain, "accuracy, means"),

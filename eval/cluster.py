@@ -11,8 +11,8 @@ from torch import Tensor
 
 from selfsight import keyed
 from selfsight.errors import UsageError
-from selfsight.eval.checks import checked_vectors, one_label
 from selfsight.eval.knn import unit
+from selfsight.eval.labels import check_features, check_labels, one_label
 from selfsight.eval.subject import SEEDS, Outcome, Subject
 
 ITERATIONS, TRIES = 100, 10
@@ -44,18 +44,15 @@ def cluster(features: Tensor, labels: Tensor, clusters: int | None = None, seeds
         NumericError: features that are not finite or have length zero.
     """
     one_label(labels)
-    checked_vectors(features, labels, features, labels)
-    if lacking := int((labels < 0).sum()):
-        raise UsageError(
-            f"test: {lacking:,} of {len(labels):,} samples have no label; clusters are compared with labels"
-        )
+    check_features("test", features, labels)
+    check_labels("test", labels)
     classes, truth = labels.unique(return_inverse=True)
     if len(classes) < 2:
         raise UsageError(
             f"test: all {len(labels):,} samples have the label {int(classes[0])}; clusters need two classes"
         )
     count = len(classes) if clusters is None else clusters
-    vectors, found = unit(features.float()), []
+    vectors, found = unit(features).float(), []
     for seed in range(seeds):
         own = kmeans(vectors, count, seed)
         told = own.numpy(), truth.numpy()

@@ -17,17 +17,21 @@ from torch.nn import functional as F
 from selfsight import keyed
 from selfsight.data.targets import IGNORED
 from selfsight.errors import DataError, UsageError
-from selfsight.eval.knn import TEMPERATURE, held_out, search, unit
+from selfsight.eval.knn import TEMPERATURE, search, unit
+from selfsight.eval.labels import held_out
 from selfsight.eval.linear import Standardizer, fit_heads
 from selfsight.eval.masked import Batch, need_masks, tokens_and_masks
+from selfsight.eval.protocol import MOST_CLASSES
+from selfsight.eval.quality import confusion
 from selfsight.eval.subject import Outcome, Subject
 
 HEADS = tuple((rate, decay) for rate in (0.01, 0.1, 1.0) for decay in (0.0, 1e-3))
 K, BANK = 30, 20_000
 CLASSES_MOST = 1000
 VALUES_MOST = 2**29  # of train's tokens that are held: 2 GiB
+PIXELS_MOST = 2**29  # of train's masks that are held: 2 GiB
+PART = 64  # images whose masks are looked at in 64 bits at a time
 LOGITS_MOST = 2**25  # that are upsampled at a time: 128 MiB
-CONFUSIONS_MOST = 64  # classes of which the report gets the whole matrix
 
 Probe = Callable[[Tensor], Tensor]
 """From tokens (b, h, w, D) to scores of classes (b, h, w, C)."""
@@ -65,16 +69,17 @@ def dense(train: Batch, test: Iterable[Batch], seeds: int = 3, groups: Tensor | 
         DataError: masks that are no multiple of the grid.
     """
     tokens, masks = train
-    classes = classes_of(masks)
-    truth = index_of(masks, classes)
-    labels = patch_labels(truth, len(classes), tokens.shape[1], tokens.shape[2])
+    counts = counts_of(masks)
+    classes = classes_of(counts)
+    grid = tokens.shape[1], tokens.shape[2]
+    labels = torch.cat([patch_labels(index_of(part, classes), len(classes), *grid) for part in masks.split(PART)])
     fit, choose = held_out(len(tokens), groups=groups)
     scale, weights = _fitted(tokens[fit], labels[fit], len(classes), HEADS, 0)
     probes = [_linear(scale, weights[:, head]) for head in range(len(HEADS))]
     tried = score(probes, [(tokens[choose], masks[choose])], classes)[0]
     best = HEADS[int(np.argmax([mean_iou(table) for table in tried]))]
     fitted = [_fitted(tokens, labels, len(classes), [best], seed) for seed in range(seeds)]
-    common = int(truth[truth >= 0].bincount().argmax())
+    common = int(counts[classes].argmax())
     final = [_linear(scale, weights[:, 0]) for scale, weights in fitted]
     tables, told = score([*final, neighbours(tokens, labels, len(classes)), _constant(common)], test, classes)
     if not tables[-1].sum():
@@ -82,13 +87,22 @@ def dense(train: Batch, test: Iterable[Batch], seeds: int = 3, groups: Tensor | 
     return DenseResult(tuple(tables[:-2]), tables[-2], tables[-1], tuple(told), len(classes), *best)
 
 
-def classes_of(masks: Tensor) -> list[int]:
-    """The values in masks, without 255.
+def counts_of(masks: Tensor) -> Tensor:
+    """How many pixels of masks (N, H, W) have each value of 16 bits, 255 not counted: (65536,)."""
+    counts = torch.zeros(2**16, dtype=torch.int64)
+    for part in masks.split(PART):
+        counts += part.flatten().bincount(minlength=2**16)
+    counts[IGNORED] = 0
+    return counts
+
+
+def classes_of(counts: Tensor) -> list[int]:
+    """The values that there are.
 
     Raises:
         UsageError: one class, none, or more than 1,000.
     """
-    found = [value for value in masks.unique().tolist() if value != IGNORED]
+    found = counts.nonzero()[:, 0].tolist()
     if not 2 <= len(found) <= CLASSES_MOST:
         raise UsageError(
             f"train's masks have {len(found):,} classes ({', '.join(map(str, found[:5]))}{', ...' * (len(found) > 5)}; 255 "
@@ -183,12 +197,6 @@ def score(probes: Sequence[Probe], batches: Iterable[Batch], classes: Sequence[i
     return tables, told
 
 
-def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """(C, C) counts of pixels, rows: truth; pixels of truth -1 are left out."""
-    counted = truth >= 0
-    return (truth[counted] * classes + predicted[counted]).bincount(minlength=classes**2).view(classes, classes)
-
-
 def iou(table: Tensor) -> Tensor:
     """Intersection over union of each class, (C,) float64; NaN of a class that is neither there nor predicted."""
     inside = table.diagonal().double()
@@ -237,8 +245,8 @@ def _train(subject: Subject) -> tuple[Tensor, Tensor, np.ndarray]:
     """Train's tokens and masks, and of which samples: all, or as many, evenly spaced, as memory is bounded to."""
     assert subject.sets is not None
     size = len(subject.sets[0])
-    first, _ = next(iter(_batches(subject, 0, np.arange(1))))
-    count = min(size, max(10, VALUES_MOST // first.numel()))
+    first, mask = next(iter(_batches(subject, 0, np.arange(1))))
+    count = min(size, max(10, min(VALUES_MOST // first.numel(), PIXELS_MOST // mask.numel())))
     ids = np.linspace(0, size - 1, count).round().astype(np.int64)
     made = list(_batches(subject, 0, ids))
     return torch.cat([tokens for tokens, _ in made]), torch.cat([masks for _, masks in made]), ids
@@ -268,7 +276,7 @@ def _outcomes(found: DenseResult, protocol: str) -> list[Outcome]:
         each = torch.stack([iou(table) for table in tables]).mean(0).mul(100).tolist()
         detail: dict[str, Any] = {"classes": list(found.classes), "majority": floor}
         detail["each"] = [None if one != one else round(one, 2) for one in each]  # NaN is no JSON
-        if len(found.classes) <= CONFUSIONS_MOST:
+        if len(found.classes) <= MOST_CLASSES:
             detail["confusion"] = tables[0].tolist()
         return Outcome(tuple(100 * value(table) for table in tables), line, chosen, metric, detail=detail)
 

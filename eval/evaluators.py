@@ -77,7 +77,6 @@ EVALUATORS: Mapping[str, Evaluator] = {
     "bags": Evaluator(
         bags.run,
         "one label a slide or patient: attention over the samples of a group",
-        twins=1,
         ready=bags.require_groups,
         floor=majority.of_bags,
     ),

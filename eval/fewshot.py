@@ -11,9 +11,10 @@ from torch import Tensor
 
 from selfsight import keyed
 from selfsight.errors import UsageError
-from selfsight.eval.checks import checked, device_of_fits, one_label
 from selfsight.eval.features import Features
 from selfsight.eval.knn import unit
+from selfsight.eval.labels import checked, one_label
+from selfsight.eval.ranks import own_device
 from selfsight.eval.subject import Options, Outcome, Subject
 
 DRAWS = 10  # a single sample a class varies by several points from draw to draw
@@ -99,7 +100,7 @@ def turns(groups: Tensor) -> Tensor:
 
 def nearest(means: Tensor, queries: Tensor) -> Tensor:
     """The nearest of C means (C, D) to each query (M, D) by Euclidean distance, the first of equals: (M,)."""
-    device = device_of_fits()
+    device = own_device()
     means = means.to(device)
     offset = means.square().sum(1) / 2
     parts = queries.split(max(1, _CELLS // len(means)))

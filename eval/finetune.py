@@ -23,8 +23,8 @@ from selfsight.encoder import Encoder, build_encoder
 from selfsight.errors import NumericError, UsageError
 from selfsight.eval import multilabel
 from selfsight.eval.augmented import Drawn, Images, ShardImages, batch_of, steps_of
-from selfsight.eval.knn import dense_labels, held_out
-from selfsight.eval.protocol import tenth
+from selfsight.eval.labels import dense_labels, held_out
+from selfsight.eval.protocol import detail_of, tenth
 from selfsight.eval.subject import SEEDS, Outcome, Subject
 from selfsight.optim import build_optimizer, lr_at, set_rates
 from selfsight.recipe import OptimConfig
@@ -47,25 +47,28 @@ class Tuned(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """An encoder, and a linear layer on its own pool.
+    """An encoder, and a linear layer on one of its pools.
 
     Args:
         encoder: training changes it; see `copied`.
         seed: of the layer's first weights.
         several: whether an image may have several classes; each is then a question of its own.
+        pool: None: the encoder's own.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, seed: int, several: bool = False) -> None:
+    def __init__(
+        self, encoder: Encoder, classes: int, seed: int, several: bool = False, pool: str | None = None
+    ) -> None:
         super().__init__()
-        self.encoder, self.several = encoder, several
-        self.head = nn.Linear(encoder.feature_width, classes)
-        start = keyed.uniform(seed, "fine-tuned head", range(classes), encoder.feature_width)
+        self.encoder, self.several, self.pool = encoder, several, pool or encoder.pool
+        self.head = nn.Linear(width := encoder.width_of(self.pool), classes)
+        start = keyed.uniform(seed, "fine-tuned head", range(classes), width)
         self.head.weight.data.copy_(torch.from_numpy(0.02 * start - 0.01))
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor, draw: Draw | None = None) -> Tensor:
         """Normalised images (B, C, S, S) or with planes: logits (B, classes)."""
-        return self.head(self.encoder.embed(images, draw=draw))
+        return self.head(self.encoder.embed(images, self.pool, draw))
 
     def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross-entropy with targets (B, C) that sum to 1, or of each class by itself; smoothed towards an even guess."""
@@ -83,6 +86,7 @@ def finetune(
     seeds: int = SEEDS,
     groups: Tensor | None = None,
     rates: Sequence[float] = RATES,
+    pool: str | None = None,
 ) -> Tuned:
     """Choose the learning rate on a held-out tenth of train, fit on all of train once a seed, and answer for test.
 
@@ -93,6 +97,7 @@ def finetune(
         labels: (N,) int64 of 0 to C - 1, or (N, C) bool where an image has several.
         test: gives normalised images in batches; asked once a seed, after everything is chosen.
         groups: of the training samples, as for `held_out`.
+        pool: that the linear layer is on; None: the encoder's own.
 
     Raises:
         UsageError: fewer than one epoch.
@@ -103,7 +108,7 @@ def finetune(
     targets = labels.float() if several else F.one_hot(labels).float()
 
     def fitted(ids: Ids, rate: float, seed: int, passes: int) -> Classifier:
-        model = Classifier(copied(encoder), targets.shape[1], seed, several).to(device)
+        model = Classifier(copied(encoder), targets.shape[1], seed, several, pool).to(device)
         steps = steps_of(ids, passes)
         train_classifier(model, train.drawn(ids, steps, seed), targets, steps, rate, seed)
         return model
@@ -207,24 +212,23 @@ def _goodness(model: Classifier, logits: Tensor, targets: Tensor) -> tuple[float
 
 
 def run_finetune(subject: Subject) -> list[Outcome]:
-    """Fine-tuning; see `finetune`. The confusion matrix is the sum over seeds."""
+    """Fine-tuning; see `finetune`."""
     if subject.encoder is None or subject.sets is None:
         return []
     fit, held, options = subject.train, subject.test, subject.options
     made = subject.encoder.preprocessing
     own, test = (ShardImages(shards, made, subject.device, subject.workers) for shards in subject.sets)
-    labels, truth, classes = (fit.labels, held.labels, 0) if fit.multilabel else dense_labels(fit.labels, held.labels)
+    labels, truth = (fit.labels, held.labels) if fit.multilabel else dense_labels(fit.labels, held.labels)[:2]
     every = np.arange(len(held.labels))
-    tuned = finetune(subject.encoder, own, labels, lambda: test.shown(every), options.epochs, options.seeds, fit.groups)
+    given = subject.encoder, own, labels, lambda: test.shown(every)
+    tuned = finetune(*given, options.epochs, options.seeds, fit.groups, pool=subject.pool)
     chosen = {"rate": tuned.rate, "epochs": options.epochs}
     protocol = _protocol(subject, tuned.rate, own)
     if fit.multilabel:
         return multilabel.outcomes(tuned.answers, truth, protocol, chosen)
     votes = torch.stack([answer.argmax(1) for answer in tuned.answers])
     hits = (votes == truth).double()
-    confusion = (truth * classes + votes).flatten().bincount(minlength=classes**2).view(classes, classes)
-    detail = {"confusion": confusion.tolist(), "classes": fit.labels.unique().tolist()}
-    values = tuple((100 * hits.mean(1)).tolist())
+    values, detail = tuple((100 * hits.mean(1)).tolist()), detail_of(votes, fit.labels, held.labels)
     return [Outcome(values, protocol, chosen, each=hits.mean(0).float(), detail=detail)]
 
 
@@ -239,6 +243,6 @@ def _protocol(subject: Subject, rate: float, own: ShardImages) -> str:
     ]
     return (
         f"fine-tuning: AdamW, batches of {batch_of(len(subject.train.labels))}, {epochs} epochs, last one; rate {rate:g} of "
-        f"{RATES} chosen on {tenth(subject)} in {max(1, epochs // SHORT)} epochs{decay}, warmup and cosine; drop path "
+        f"{RATES} chosen{' by cross-entropy' if subject.train.multilabel else ''} on {tenth(subject)} in {max(1, epochs // SHORT)} epochs{decay}, warmup and cosine; drop path "
         f"{DROP_PATH:g}, smoothing {SMOOTHING:g}, {', '.join(changes)}; {subject.pool}, fp32{subject.plainly}"
     )

@@ -118,10 +118,18 @@ def mean_cosine(features: Tensor) -> float:
         features: (N, D), N at least 2.
 
     Raises:
+        UsageError: one sample.
         NumericError: as for `dimension_std`.
     """
+    require_pairs(features)
     near = unit(features).double()  # |sum of u|^2 has every pair twice, and each sample with itself
     return ((near.sum(0).square().sum() - near.square().sum()) / (len(near) * (len(near) - 1))).item()
+
+
+def require_pairs(features: Tensor) -> None:
+    """Raises UsageError: fewer than two samples."""
+    if len(features) < 2:
+        raise UsageError(f"health compares images with each other; test has {len(features)}")
 
 
 def uniformity(features: Tensor, t: float = 2.0, most: int = PAIRED) -> float:
@@ -134,8 +142,10 @@ def uniformity(features: Tensor, t: float = 2.0, most: int = PAIRED) -> float:
         most: of more samples than so many, which lie evenly among them, the pairs are taken; exact below.
 
     Raises:
+        UsageError: one sample.
         NumericError: as for `dimension_std`.
     """
+    require_pairs(features)
     near = unit(features)[spread(len(features), most)].double()
     rows, columns = torch.triu_indices(len(near), len(near), 1)
     cosine = (near @ near.T)[rows, columns]
@@ -201,8 +211,7 @@ def attention_reach(subject: Subject, most: int = LOOKED_AT) -> Tensor | None:
 def run_health(subject: Subject) -> list[Outcome]:
     """Every number of this file, of test features; labels are not looked at."""
     held = subject.held
-    if len(held) < 2:
-        raise UsageError(f"health compares images with each other; test has {len(held)}")
+    require_pairs(held)
     told = f"{len(held):,} test images, {held.shape[1]} dimensions; features: {subject.taken}; no labels"
     pairs = f" on {PAIRED:,} of them" if len(held) > PAIRED else ""
     rows = [

@@ -14,6 +14,7 @@ from selfsight import keyed
 
 DRAWS = 2000
 LOW, HIGH = 2.5, 97.5  # percentiles: 95 %
+LEAST_UNITS = 10  # below, resampling a handful of patients or images says nothing of how sure a score is
 _VALUES = 2**22  # in memory at once
 Draws = NDArray[np.float64]
 
@@ -26,10 +27,7 @@ def draws_of(each: Tensor, groups: Tensor, draws: int = DRAWS, seed: int = 0) ->
         groups: (M,) group of each sample, -1 for one of its own.
         seed: of another set, so that draws of two sets are independent.
     """
-    alone = groups < 0
-    own = torch.where(alone, groups.max().clamp(min=-1) + 1 + torch.arange(len(groups)), groups)
-    _, unit = own.unique(return_inverse=True)
-    count = int(unit.max()) + 1
+    unit, count = units_of(groups)
     sizes = torch.bincount(unit, minlength=count).double().numpy()
     sums = torch.zeros(count, each.shape[1], dtype=torch.float64).index_add_(0, unit, each.double()).numpy()
     found = np.empty((draws, each.shape[1]))
@@ -40,6 +38,13 @@ def draws_of(each: Tensor, groups: Tensor, draws: int = DRAWS, seed: int = 0) ->
         times = np.stack([np.bincount(row.astype(np.int64), minlength=count) for row in drawn]).astype(np.float64)
         found[rows.start : rows.stop] = (times @ sums) / (times @ sizes)[:, None]
     return found
+
+
+def units_of(groups: Tensor) -> tuple[Tensor, int]:
+    """Which unit each sample is drawn with (M,), a group or itself where it has none (-1); and how many units there are."""
+    own = torch.where(groups < 0, groups.max().clamp(min=-1) + 1 + torch.arange(len(groups)), groups)
+    found, unit = own.unique(return_inverse=True)
+    return unit, len(found)
 
 
 def interval(draws: Draws) -> list[float]:

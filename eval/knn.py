@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfsight.errors import NumericError, UsageError
-from selfsight.eval.labels import check_pairs, dense_labels, held_out
+from selfsight.eval.labels import check_pairs, dense_labels, held_out, plain
 from selfsight.eval.quality import mean_average_precision
 
 TEMPERATURE = 0.07
@@ -104,6 +104,10 @@ def knn_ranked(
         NumericError: a feature that is not finite or has length zero.
     """
     check_pairs(train, labels, test)
+    if labels.ndim != 2:
+        raise UsageError(
+            f"labels are {labels.dtype} {[*labels.shape]}; a ranking needs lists, bool (N, C); else ask `knn`"
+        )
     train, test = unit(train), unit(test)
     fit, choose = held_out(len(train), groups=groups)
     candidates = usable_k(k, len(fit))
@@ -159,6 +163,7 @@ def search(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         NumericError: a query that is near to nothing, since it or the bank is not finite.
     """
     usable_k((k,), len(bank))
+    bank, queries = bank.float(), queries.float()  # which is what faiss knows
     if torch.cuda.is_available():
         columns = bank.cuda().T
         rows = max(1, 2**28 // len(bank))  # a gigabyte of similarities at a time
@@ -188,6 +193,7 @@ def unit(features: Tensor) -> Tensor:
     Raises:
         NumericError: a feature that is not finite or has length zero.
     """
+    features = plain(features)
     lengths = features.norm(dim=1)
     if bad := int((~(lengths.isfinite() & (lengths > 0))).sum()):
         raise NumericError(f"{bad} features are not finite or have length zero: they have no direction to compare")

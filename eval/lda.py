@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selfsight.errors import NumericError, UsageError
-from selfsight.eval.checks import checked, confusion, device_of_fits
-from selfsight.eval.knn import held_out
+from selfsight.eval.labels import checked, dense_labels, held_out
 from selfsight.eval.linear import Standardizer
-from selfsight.eval.protocol import tenth
+from selfsight.eval.protocol import detail_of, tenth
+from selfsight.eval.ranks import own_device
 from selfsight.eval.subject import Outcome, Subject
 
 SHRINKAGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -88,7 +88,7 @@ def fit_lda(
         raise UsageError(
             f"shrinkage {bad[0]:g}: choose one above 0 and at most 1; without any a covariance may be singular"
         )
-    device = device_of_fits()
+    device = own_device()
     x, labels = features.to(device), labels.to(device)
     counts = labels.bincount(minlength=classes).double()
     means = x.new_zeros(classes, x.shape[1]).index_add_(0, labels, x) / counts.clamp(min=1)[:, None]
@@ -119,9 +119,8 @@ def run(subject: Subject) -> list[Outcome]:
         f"LDA: shared covariance, shrinkage {found.shrinkage:g} chosen from {SHRINKAGES} on {tenth(subject)}, refitted on all "
         f"of it; closed form in float64; standardised features: {subject.taken}"
     )
-    names = fit.labels.unique()
-    truth, predicted = torch.searchsorted(names, held.labels), found.scores.argmax(1)
-    each = (predicted == truth).float()
+    predicted = found.scores.argmax(1)
+    each = (predicted == dense_labels(fit.labels, held.labels)[1]).float()
     value = 100 * each.double().mean().item()
     chosen = {"shrinkage": found.shrinkage, "pool": subject.pool}
-    return [Outcome((value,), protocol, chosen, each=each, detail=confusion(truth, predicted, names))]
+    return [Outcome((value,), protocol, chosen, each=each, detail=detail_of(predicted[None], fit.labels, held.labels))]

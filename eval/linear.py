@@ -14,8 +14,9 @@ from torch import Tensor
 
 from selfsight import keyed
 from selfsight.errors import NumericError, UsageError
-from selfsight.eval.labels import check_pairs, dense_labels, held_out
-from selfsight.eval.quality import judged
+from selfsight.eval.labels import checked, held_out, plain
+from selfsight.eval.quality import judged, moments
+from selfsight.eval.ranks import own_device
 from selfsight.eval.token_probe import TOKEN_HEADS, Answer, Head, fit_tokens
 
 RATES = (0.001, 0.0022, 0.0046, 0.01, 0.022, 0.046, 0.1, 0.22, 0.46, 1.0, 2.2, 4.6, 10.0)
@@ -61,44 +62,50 @@ def linear(
         UsageError: one class only, classes of test that train lacks, or pools of train that test lacks.
         NumericError: features that are not finite, or a probe that diverges at every rate.
     """
-    for pool in train:
-        if pool not in test:
-            raise UsageError(f"test has no pool {pool}; it has {', '.join(test)}")
-        check_pairs(train[pool], train_labels, test[pool], test_labels)
-        finite(train[pool], f"train, {pool}")
-        finite(test[pool], f"test, {pool}")
-    classes = train_labels.shape[-1]
-    if train_labels.ndim == 1:
-        train_labels, test_labels, classes = dense_labels(train_labels, test_labels)
-    fit, choose = held_out(len(train_labels), groups=groups)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, test = (
+        {pool: own.detach() if own.ndim == 3 else plain(own).float() for pool, own in side.items()}
+        for side in (train, test)
+    )
+    labels, truth, classes = _asked(train, train_labels, test, test_labels)
+    fit, choose = held_out(len(labels), groups=groups)
+    device = device or own_device()
     tried: list[tuple[float, float, str, Head]] = []
     for pools in by_width(train):
         heads = heads_of(train[pools[0]])
-        answers = fit_pools({pool: train[pool] for pool in pools}, fit, train_labels[fit], classes, heads, 0, device)
+        answers = fit_pools({pool: train[pool] for pool in pools}, fit, labels[fit], classes, heads, 0, device)
         for pool, answer in answers.items():
-            qualities, losses = judged(answer, train[pool][choose], train_labels[choose])
+            qualities, losses = judged(answer, train[pool][choose], labels[choose])
             tried += [(q, -loss, pool, head) for q, loss, head in zip(qualities, losses, heads, strict=True)]
     _, loss, pool, head = max(tried)
     if loss == -torch.inf:
         raise NumericError(f"the probe diverges at every one of {len(RATES)} rates, on every pool")
-    logits, everyone = [], torch.arange(len(train_labels))
+    logits, everyone = [], torch.arange(len(labels))
     for seed in range(seeds):
-        answer = fit_pools({pool: train[pool]}, everyone, train_labels, classes, (head,), seed, device)[pool]
+        answer = fit_pools({pool: train[pool]}, everyone, labels, classes, (head,), seed, device)[pool]
         logits.append(torch.cat([answer(part)[:, 0].cpu() for part in test[pool].split(BATCH)]))
-    return LinearResult(_accuracies(logits, test_labels), torch.stack(logits), pool, *head)
+    return LinearResult(_accuracies(logits, truth), torch.stack(logits), pool, *head)
+
+
+def _asked(
+    train: Mapping[str, Tensor], train_labels: Tensor, test: Mapping[str, Tensor], test_labels: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """As `checked`, of every pool; errors say which."""
+    if not train:
+        raise UsageError("no pools of features: there is nothing to probe")
+    for pool in train:
+        if pool not in test:
+            raise UsageError(f"test has no pool {pool}; it has {', '.join(test)}")
+        try:
+            found = checked(train[pool], train_labels, test[pool], test_labels, lists=True)
+        except NumericError as error:
+            raise NumericError(f"{pool}, {error}") from None
+    return found
 
 
 def _accuracies(logits: Sequence[Tensor], labels: Tensor) -> tuple[float, ...]:
     if labels.ndim == 2:
         return ()
     return tuple(100 * (answer.argmax(1) == labels).double().mean().item() for answer in logits)
-
-
-def finite(features: Tensor, name: str) -> None:
-    """Refuse features that are not finite."""
-    if bad := int((~features.isfinite()).flatten(1).any(1).sum()):
-        raise NumericError(f"{bad} features are not finite ({name}): there is nothing to fit")
 
 
 def by_width(pools: Mapping[str, Tensor]) -> list[list[str]]:
@@ -118,11 +125,10 @@ class Standardizer:
     """Subtract the mean and divide by the standard deviation of the training features; append a constant 1 for the bias."""
 
     def __init__(self, features: Tensor) -> None:
-        self.mean, std = features.mean(0), features.std(0)
-        self.std = torch.where(std > 1e-6, std, torch.ones_like(std))  # a constant feature stays 0
+        self.mean, self.std = moments(plain(features))
 
     def __call__(self, features: Tensor) -> Tensor:
-        scaled = (features - self.mean) / self.std
+        scaled = (plain(features) - self.mean) / self.std
         return torch.cat([scaled, scaled.new_ones(len(scaled), 1)], dim=1)
 
 
@@ -173,7 +179,7 @@ def fit_heads(
         seed: of the order of the samples and the initial weights.
         device: None: a GPU if there is one.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     pools = (features if features.ndim == 3 else features[None]).to(device)
     labels, width, count = labels.to(device), pools.shape[2], len(heads)
     start = initial(width, classes, seed).to(device)[..., None]

@@ -12,12 +12,11 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfsight.errors import UsageError
 from selfsight.eval import multilabel
-from selfsight.eval.checks import checked, checked_vectors, confusion, device_of_fits
-from selfsight.eval.knn import held_out
+from selfsight.eval.labels import checked, dense_labels, held_out, plain
 from selfsight.eval.linear import Standardizer
-from selfsight.eval.protocol import tenth
+from selfsight.eval.protocol import detail_of, tenth
+from selfsight.eval.ranks import own_device
 from selfsight.eval.subject import Outcome, Subject
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(-10, 7))  # C from 1e-5 to 1000, two a decade
@@ -58,27 +57,22 @@ def logistic(
         UsageError: as `checked` and `held_out`, or lists of labels of two lengths.
         NumericError: features that are not finite.
     """
-    if train_labels.ndim == 2:
-        checked_vectors(train, train_labels, test, test_labels)
-        if train_labels.shape[1:] != test_labels.shape[1:]:
-            raise UsageError(f"train has labels {tuple(train_labels.shape)}, test {tuple(test_labels.shape)}")
-        targets = train_labels.bool()
-    else:
-        targets = checked(train, train_labels, test, test_labels)[0]
+    targets = checked(train, train_labels, test, test_labels, lists=True)[0]
+    train, test = plain(train).double(), plain(test).double()
     lists, columns = targets.ndim == 2, (targets if targets.ndim == 2 else F.one_hot(targets)).double()
     fit, choose = held_out(len(train), groups=groups)
     tried: list[tuple[float, float, float]] = []
     unfinished: list[float] = []
-    scale, weights = Standardizer(train[fit].double()), None
-    x, y = scale(train[fit].double()), scale(train[choose].double())
+    scale, weights = Standardizer(train[fit]), None
+    x, y = scale(train[fit]), scale(train[choose])
     for strength in sorted(strengths):
         weights, done = fit_logistic(x, columns[fit], strength, lists, weights)
         unfinished += [] if done else [strength]
         tried.append((*_merit(y @ weights, targets[choose]), -strength))
     best = -max(tried)[2]  # the smallest C of equals
-    scale = Standardizer(train.double())
-    weights, done = fit_logistic(scale(train.double()), columns, best, lists)
-    return LogisticResult(scale(test.double()) @ weights, best, tuple(unfinished) if done else (*unfinished, best))
+    scale = Standardizer(train)
+    weights, done = fit_logistic(scale(train), columns, best, lists)
+    return LogisticResult(scale(test) @ weights, best, tuple(unfinished) if done else (*unfinished, best))
 
 
 def _merit(scores: Tensor, targets: Tensor) -> tuple[float, float]:
@@ -108,7 +102,7 @@ def fit_logistic(
             softmax regression.
         start: weights to start from; zeros if None.
     """
-    device = device_of_fits()
+    device = own_device()
     features, targets = features.to(device), targets.to(device)
     penalty = (2.0 if targets.shape[1] == 2 and not lists else 1.0) / (strength * len(features))
     shape = targets.shape[1], features.shape[1]  # this way round both products run along the features' rows
@@ -145,15 +139,14 @@ def run(subject: Subject) -> list[Outcome]:
     lacking = ", ".join(f"{strength:.3g}" for strength in found.unfinished)
     protocol = (
         f"logistic regression: L2, C={found.strength:.3g} chosen from {len(STRENGTHS)} of {min(STRENGTHS):g} to "
-        f"{max(STRENGTHS):g} on {tenth(subject)}, refitted on all of it; L-BFGS to a gradient of {TOLERANCE:g}"
+        f"{max(STRENGTHS):g} on {tenth(subject)}{' by cross-entropy' if fit.multilabel else ''}, refitted on all of it; L-BFGS to a gradient of {TOLERANCE:g}"
         f"{f', NOT reached within {MOST_ITERATIONS} iterations at C={lacking}' if lacking else ''}; "
         f"standardised features: {subject.taken}"
     )
     chosen = {"C": found.strength, "pool": subject.pool}
     if fit.multilabel:
         return multilabel.outcomes([found.scores], held.labels, f"{protocol}; one class against the rest", chosen)
-    names, truth = fit.labels.unique(), torch.searchsorted(fit.labels.unique(), held.labels)
     predicted = found.scores.argmax(1)
-    each = (predicted == truth).float()
-    detail = confusion(truth, predicted, names)
+    each = (predicted == dense_labels(fit.labels, held.labels)[1]).float()
+    detail = detail_of(predicted[None], fit.labels, held.labels)
     return [Outcome((100 * each.double().mean().item(),), protocol, chosen, each=each, detail=detail)]

@@ -120,7 +120,12 @@ def pixel_tokens(images: Tensor) -> Tensor:
     A constant of a thousandth beside them gives a patch that is black a direction, too.
     """
     size = images.shape[-1]
-    patch = max((p for p in range(1, size + 1) if size % p == 0 and size // p >= SIDE), default=1)
+    patch = pixel_patch(size)
     patches = patchify(images, patch)
     patches = torch.cat([patches, torch.full_like(patches[..., :1], 1e-3)], dim=-1)
     return patches.unflatten(1, (size // patch, size // patch))
+
+
+def pixel_patch(size: int) -> int:
+    """Side of the largest patches that divide an image of this size and of which there are at least 14 a side, pixels."""
+    return max((p for p in range(1, size + 1) if size % p == 0 and size // p >= SIDE), default=1)

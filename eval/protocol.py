@@ -10,6 +10,7 @@ from selfsight.eval import multilabel
 from selfsight.eval.knn import TEMPERATURE, knn, knn_ranked
 from selfsight.eval.labels import dense_labels
 from selfsight.eval.linear import DECAYS, RATES, linear
+from selfsight.eval.quality import confusion
 from selfsight.eval.subject import Outcome, Subject
 from selfsight.eval.token_probe import TOKEN_POOLS, TOKEN_RATES, tokens_of
 
@@ -31,7 +32,7 @@ def detail_of(predicted: Tensor, train_labels: Tensor, test_labels: Tensor) -> d
     _, truth, classes = dense_labels(train_labels, test_labels)
     if classes > MOST_CLASSES:
         return {}
-    counts = (truth * classes + predicted).flatten().bincount(minlength=classes**2).view(classes, classes)
+    counts = confusion(predicted, truth.expand_as(predicted), classes)
     return {
         "confusion": (counts / len(predicted)).double().mul(100).round().div(100).tolist(),
         "classes": train_labels.unique().tolist(),

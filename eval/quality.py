@@ -1,4 +1,4 @@
-"""How good the answers of many probes at once are: what a choice among them is made by."""
+"""How good the answers of many probes at once are: what a choice among them is made by; and what features are scaled by."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,7 +10,30 @@ from torch.nn import functional as F
 
 from selfsight.errors import UsageError
 
+LEAST_STD = 1e-6  # of a dimension's largest value: below, it is a constant and its rounding
 _ROWS = 256  # samples answered at once
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each dimension of (N, D); 1 for a dimension that does not vary. Of any magnitude."""
+    least, most = features.aminmax(dim=0)
+    largest = torch.maximum(-least, most)
+    size = torch.where(largest > 0, largest, torch.ones_like(largest))  # so that no square overflows or vanishes
+    scaled = features / size
+    mean = scaled.mean(0, dtype=torch.float64)
+    variance = scaled.sub_(mean.to(scaled.dtype)).square_().sum(0, dtype=torch.float64) / max(1, len(features) - 1)
+    std = torch.where(variance > LEAST_STD**2, variance.sqrt() * size, 1.0)
+    return (mean * size).to(features.dtype), std.to(features.dtype)
+
+
+def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """(C, C) counts, rows: truth; what has the truth -1 is left out.
+
+    Args:
+        predicted, truth: of one shape, 0 to classes - 1.
+    """
+    counted = truth >= 0
+    return (truth[counted] * classes + predicted[counted]).bincount(minlength=classes**2).view(classes, classes)
 
 
 def rankable(labels: Tensor) -> np.ndarray:

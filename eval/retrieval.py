@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfsight.eval.checks import checked, device_of_fits
 from selfsight.eval.knn import unit
+from selfsight.eval.labels import checked
+from selfsight.eval.ranks import own_device
 from selfsight.eval.subject import Outcome, Subject
 
 RECALLS = (1, 5, 10)
@@ -53,8 +54,8 @@ def retrieval(
         NumericError: features that are not finite or have length zero.
     """
     labels, truth, classes = checked(train, train_labels, test, test_labels)
-    device, order = device_of_fits(), labels.argsort(stable=True)
-    bank, queries = unit(train)[order].to(device), unit(test)
+    device, order = own_device(), labels.argsort(stable=True)
+    bank, queries = unit(train).float()[order].to(device), unit(test).float()
     ends = labels.bincount(minlength=classes).cumsum(0).tolist()
     precision, before = torch.empty(len(test), dtype=torch.float64), torch.empty(len(test), dtype=torch.long)
     own_groups = None if train_groups is None or test_groups is None else train_groups[order].to(device)

@@ -14,7 +14,9 @@ from selfsight import keyed
 from selfsight.encoder import Encoder, evaluating, pool_tokens
 from selfsight.errors import UsageError
 from selfsight.eval.features import Extraction, extract, prepared
-from selfsight.eval.knn import TEMPERATURE, dense_labels, knn, predict, unit
+from selfsight.eval.knn import TEMPERATURE, knn, predict, unit
+from selfsight.eval.labels import dense_labels
+from selfsight.eval.masked import pixel_patch
 from selfsight.eval.perturb import corrupt, kept, occlude, permute_patches, severities, shift
 from selfsight.eval.subject import Outcome, Subject
 
@@ -48,21 +50,24 @@ class Answers(NamedTuple):
 def judge(made: Mapping[Key, Tensor], bank: Tensor, fit: Tensor, held: Tensor, k: int) -> Answers:
     """Ask the bank for each perturbation's features.
 
+    A perturbed image of which an encoder leaves nothing (ReLUs of one that is untrained) is told wrong, at a cosine of 0.
+
     Args:
         made: (M, D) features by what was done, those of `CLEAN` among them.
         bank: (N, D) of unit length; `fit` their labels, 0 to C - 1.
         held: (M,) the true labels.
 
     Raises:
-        NumericError: features that are not finite or have length zero.
+        NumericError: features that are not finite, or clean ones of length zero.
     """
     clean, found = unit(made[CLEAN]), Answers({}, {}, {})
     answer = predict(bank, fit, clean, (k,))[:, 0]
     for key, feature in made.items():
-        directions = unit(feature)
-        said = predict(bank, fit, directions, (k,))[:, 0]
+        gone = feature.norm(dim=1) == 0
+        directions = unit(torch.where(gone[:, None], clean, feature))
+        said = predict(bank, fit, directions, (k,))[:, 0].masked_fill(gone, -1)
         found.hits[key], found.same[key] = (said == held).float(), (said == answer).float()
-        found.cosine[key] = (directions * clean).sum(1)
+        found.cosine[key] = (directions * clean).sum(1) * ~gone
     return found
 
 
@@ -94,11 +99,8 @@ def run_robust(subject: Subject) -> list[Outcome]:
     ids = np.linspace(0, size - 1, min(SAMPLES, size)).round().astype(np.int64)
     found = judge(_seen(subject, subject.encoder, ids), unit(bank), fit, held[torch.from_numpy(ids)], k)
     test = f"{len(ids):,} of {size:,} test images, evenly spaced" if len(ids) < size else f"all {size:,} test images"
-    return _outcomes(
-        found,
-        f"clean kNN (weights exp(s/{TEMPERATURE}), k={k}, {subject.pool}) on {test}{subject.plainly}",
-        subject.encoder,
-    )
+    on = f"clean kNN (weights exp(s/{TEMPERATURE}), k={k}, {subject.pool}) on {test}{subject.plainly}"
+    return _outcomes(found, on, subject.encoder, subject.pool)
 
 
 def _chosen_k(subject: Subject, bank: Tensor) -> int:
@@ -133,7 +135,7 @@ def features(encoder: Encoder, images: Tensor, ids: np.ndarray, pool: str) -> It
         return encoder.embed(changed, pool).float().cpu()
 
     yield CLEAN, embedded(images)
-    draws = _uniform("occlusion", ids, encoder.plane_grid[0] * encoder.plane_grid[1], images)
+    draws = _uniform("occlusion", ids, (made.image_size // occluded_patch(encoder)) ** 2, images)
     for share in SHARES:
         yield ("occlusion", share), _occluded(encoder, images, share, draws, pool).float().cpu()
     for grid in grids(made.image_size):
@@ -162,12 +164,17 @@ def grids(size: int) -> list[int]:
 def _occluded(encoder: Encoder, images: Tensor, share: float, draws: Tensor, pool: str) -> Tensor:
     """Without a share of the patches where the encoder can leave them out, else with them in the mean colour."""
     if not leaves_out(encoder, pool):
-        return encoder.embed(occlude(images, share, images.shape[-1] // encoder.plane_grid[0], draws), pool)
+        return encoder.embed(occlude(images, share, occluded_patch(encoder), draws), pool)
     places = kept(draws, share)
     planes = encoder.patches // draws.shape[1]
     starts = torch.arange(planes, device=places.device)[:, None] * draws.shape[1]
     keep = (starts[None] + places[:, None]).flatten(1)  # the same places of all planes
     return pool_tokens(encoder(images, keep=keep), pool)
+
+
+def occluded_patch(encoder: Encoder) -> int:
+    """Side of what is occluded, pixels: the patch of a plain ViT; of others the largest of which 14 a side fit, as raw pixels have."""
+    return encoder.patch if encoder.plain else pixel_patch(encoder.preprocessing.image_size)
 
 
 def leaves_out(encoder: Encoder, pool: str) -> bool:
@@ -211,9 +218,9 @@ class Row(NamedTuple):
     unit: str = "%"
 
 
-def _rows(found: Answers, encoder: Encoder) -> Iterator[Row]:
+def _rows(found: Answers, encoder: Encoder, pool: str) -> Iterator[Row]:
     cut, moved = curve(found.hits, "permutation"), curve(found.same, "shift")
-    left = "left out" if leaves_out(encoder, encoder.pool) else "in the mean colour"
+    left = "left out" if leaves_out(encoder, pool) else "in the mean colour"
     told = f"half of the patches {left}, drawn for each image (Naseer et al. 2021)"
     yield Row("occlusion 50 %", "share of patches dropped", told, curve(found.hits, "occlusion"), 0.5, 0.0)
     tiles = min(cut, key=lambda grid: abs(grid - 4), default=4)
@@ -233,11 +240,11 @@ def _rows(found: Answers, encoder: Encoder) -> Iterator[Row]:
     yield Row("missing channel", "channel", told, curve(found.hits, "missing channel"))
 
 
-def _outcomes(found: Answers, on: str, encoder: Encoder) -> list[Outcome]:
+def _outcomes(found: Answers, on: str, encoder: Encoder, pool: str) -> list[Outcome]:
     clean = found.hits[CLEAN]
     told = f"robust: {on}; "
     made = [Outcome((_mean(clean, "%"),), f"{told}images as they are", metric="clean", each=clean)]
-    for row in _rows(found, encoder):
+    for row in _rows(found, encoder, pool):
         if not row.values:
             continue
         each = row.values[row.at] if row.at is not None else torch.stack([*row.values.values()]).mean(0)

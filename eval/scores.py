@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selfsight import __version__
-from selfsight.eval.intervals import Draws, draws_of, interval
+from selfsight.eval.intervals import LEAST_UNITS, Draws, draws_of, interval, units_of
 from selfsight.eval.subject import Outcome
 
 Score = dict[str, Any]
@@ -70,7 +70,7 @@ def with_intervals(rows: Sequence[Row], groups: Tensor, seed: int) -> list[Row]:
         seed: of the test set, the same wherever that set stands, so that scores of one test set are drawn alike.
     """
     known = [row for row in rows if row.each is not None and len(row.each) == len(groups) and _averages(row)]
-    if not known:
+    if not known or units_of(groups)[1] < LEAST_UNITS:
         return list(rows)
     each = torch.stack([row.each * row.scale for row in known if row.each is not None], dim=1)
     drawn = dict(zip(map(id, known), draws_of(each, groups, seed=seed).T, strict=True))

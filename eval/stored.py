@@ -87,7 +87,16 @@ def read(path: str | Path) -> Stored:
         arrays, about = {".safetensors": _safetensors, ".npz": _npz, ".npy": _npy}[path.suffix.lower()](path)
     except FileNotFoundError:
         raise DataError(f"{path}: not found") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        RecursionError,
+        SafetensorError,
+        zipfile.BadZipFile,
+    ) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         why = "it holds Python objects, which are never unpickled" if "allow_pickle" in told else told
         raise DataError(f"{path}: cannot be read as stored features ({why})") from None
@@ -99,7 +108,7 @@ def read(path: str | Path) -> Stored:
     hashes, prints = arrays.get("hashes"), arrays.get("prints")
     if hashes is not None and (hashes.dtype != torch.uint8 or hashes.shape != (count, 72)):
         raise DataError(f"{path}: hashes are {_form(hashes)}; they are made by `selfsight embed`, leave them out")
-    if prints is not None and prints.shape != (count,):
+    if prints is not None and (prints.dtype != torch.int64 or prints.shape != (count,)):
         raise DataError(f"{path}: prints are {_form(prints)}; they are made by `selfsight embed`, leave them out")
     known = None if prints is None else prints.numpy().view(np.uint64)
     return Stored(Features(vectors, labels, groups, hashes), known, about)
@@ -151,6 +160,9 @@ def _about(text: str | None) -> dict[str, Any]:
     found: Any = json.loads(text) if text else {}
     if not isinstance(found, dict):
         raise ValueError("what is told about it is no object")
+    pools = found.get("pools", [])
+    if not isinstance(pools, list) or not all(isinstance(pool, str) for pool in pools):
+        raise ValueError("what is told about it has pools that are no list of names")
     return found
 
 
@@ -173,8 +185,11 @@ def _labels(path: Path, labels: Tensor | None, count: int) -> Tensor:
     if labels is None:
         return torch.full((count,), -1, dtype=torch.int64)
     if labels.ndim == 2:
-        if len(labels) != count or not bool(((labels == 0) | (labels == 1)).all()):
-            raise DataError(f"{path}: labels are {_form(labels)}; lists of labels are (samples, classes) of 0 and 1")
+        if len(labels) != count or labels.shape[1] < 2 or not bool(((labels == 0) | (labels == 1)).all()):
+            raise DataError(
+                f"{path}: labels are {_form(labels)}; lists of labels are (samples, classes) of 0 and 1, of two "
+                "classes at least; single labels are (samples,)"
+            )
         return labels.bool()
     labels = _whole(path, "labels", labels, count)
     if (labels < -1).any():

@@ -23,6 +23,7 @@ from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, evaluating
 from selfsight.errors import NumericError, UsageError
 from selfsight.eval.features import Extraction, prepared
+from selfsight.eval.quality import moments
 
 TOKEN_POOLS = ("attentive", "ggem")
 TOKEN_RATES = (0.001, 0.0046, 0.022, 0.1, 0.46, 2.2, 10.0)
@@ -77,8 +78,7 @@ def statistics(kind: str, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]
         part.mean(1) if kind == "attentive" else generalised_mean(part, plain)[:, 0]
         for part in (tokens[chunk].float() for chunk in rows.split(_ROWS))
     ]
-    std, mean = torch.std_mean(torch.cat(pooled), 0)
-    return mean, torch.where(std > 1e-6, std, torch.ones_like(std))
+    return moments(torch.cat(pooled))
 
 
 def start(kind: str, mean: Tensor, std: Tensor, weights: Tensor, heads: int) -> TokenHeads:

@@ -1,5 +1,7 @@
 """Multiple-instance learning against the paper's equations written out, and bags that must not be."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,19 +9,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 from vectors import refuses_lists, subject_of
 
+from selfsight.data.build import build
+from selfsight.data.folders import Reading
+from selfsight.data.packing import Sample, write_shards
+from selfsight.data.shards import Shards
+from selfsight.data.tiles import Cut
 from selfsight.errors import NumericError, UsageError
 from selfsight.eval import abmil
 from selfsight.eval import bags as module
 from selfsight.eval.abmil import Attention, attended, fit_attention, of_samples, scored, softmax_within
-from selfsight.eval.bags import Bags, BagsResult, attention_of, bags, bags_of, heat_map, macro_auc, mean_pooled, run
+from selfsight.eval.bags import Bags, BagsResult, attention_of, bags, bags_of, macro_auc, mean_pooled, run
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.linear import Standardizer
+from selfsight.eval.places import heat_map, heat_maps, places_of
+from selfsight.eval.subject import Subject
 
 
 @pytest.fixture
@@ -207,6 +217,7 @@ def test_outcomes_and_their_attention(quick: None) -> None:
         assert sum(weight for _, weight in pairs) == pytest.approx(1, abs=1e-4)  # 12 tiles, all of them
         assert [weight for _, weight in pairs] == sorted((weight for _, weight in pairs), reverse=True)
     assert EVALUATORS["bags"].run is run
+    assert EVALUATORS["bags"].twins == 3
 
 
 def test_attention_is_told_of_the_largest_groups() -> None:
@@ -221,6 +232,48 @@ def test_a_heat_map_has_a_pixel_a_tile() -> None:
     picture = heat_map(torch.tensor([0, 256, 512]), torch.tensor([0, 256, 0]), 256, torch.tensor([0.1, 0.5, 0.25]))
     expected = torch.tensor([[0.2, torch.nan, 0.5], [torch.nan, 1.0, torch.nan]])
     assert torch.allclose(picture, expected, equal_nan=True)
+
+
+def test_heat_maps_lie_where_the_tiles_lay(tmp_path: Path, quick: None) -> None:
+    """From slides on the disk to pictures: what `shards build --tile` writes is found again for every sample."""
+    for folder in ("a", "b"):
+        (tmp_path / "scans" / folder).mkdir(parents=True)
+        Image.effect_noise((70 if folder == "a" else 40, 40), 90).save(tmp_path / "scans" / folder / f"{folder}.png")
+    build(str(tmp_path / "scans"), tmp_path / "tiles", reading=Reading(cut=Cut(20, 10, 1.0)))
+    shards = Shards(str(tmp_path / "tiles"))
+    places = places_of(shards)
+    assert places is not None
+    of = torch.from_numpy(shards.groups.astype(np.int64))
+    assert [places[of == group].amax(0).tolist() for group in of.unique()] == [[50, 20], [20, 20]]
+    weights = places.sum(1) + 1.0
+    found = BagsResult((), (), 0.1, 0.1, weights, bags_of(of, of))
+    pictures = heat_maps(found, places)
+    assert {group: tuple(picture.shape) for group, picture in pictures.items()} == {0: (3, 6), 1: (3, 3)}
+    expected = (torch.arange(6)[None] * 10 + torch.arange(3)[:, None] * 10 + 1) / 71
+    assert torch.allclose(pictures[0], expected)
+    assert heat_maps(found, torch.full_like(places, -1)) == {}
+    made = built_subject(shards)
+    detail = module._details(made, found)
+    for group, pairs in detail["attention"].items():
+        assert detail["places"][group] == [places[row].tolist() for row, _ in pairs]
+    assert "places" not in module._details(replace(made, encoder=None), found)
+
+
+def built_subject(shards: Shards) -> Subject:
+    """Only what is asked about images."""
+    x, labels = torch.zeros(len(shards), 2), torch.zeros(len(shards), dtype=torch.long)
+    return replace(subject_of(x, labels, x, labels), encoder=torch.nn.Identity(), sets=(shards, shards))  # type: ignore[arg-type]
+
+
+def test_samples_without_a_place_have_no_picture(tmp_path: Path) -> None:
+    image = Image.new("L", (8, 8))
+    notes = [{"left": 1}, {"left": "1", "top": 2}, {"left": -5, "top": 2}, [1], None, {"left": 8, "top": 16}]
+    write_shards((Sample(image, 0, 0, note) for note in notes), tmp_path, "s")  # type: ignore[arg-type]
+    found = places_of(Shards(str(tmp_path)))
+    assert found is not None and found.tolist() == [[-1, -1]] * 5 + [[8, 16]]
+    (tmp_path / "none").mkdir()
+    write_shards((Sample(image, 0, 0) for _ in notes), tmp_path / "none", "s")
+    assert places_of(Shards(str(tmp_path / "none"))) is None
 
 
 def test_bad_input_is_refused() -> None:

@@ -30,7 +30,7 @@ from selfsight.eval import dense as module
 from selfsight.eval.dense import (
     HEADS,
     classes_of,
-    confusion,
+    counts_of,
     dense,
     index_of,
     iou,
@@ -45,6 +45,7 @@ from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.features import CentralCrops, Features
 from selfsight.eval.knn import held_out, predict, unit
 from selfsight.eval.masked import MaskedCrops, patch_tokens, pixel_tokens, tokens_and_masks
+from selfsight.eval.quality import confusion
 from selfsight.eval.subject import Options, Subject
 from selfsight.recipe import DataConfig, EncoderConfig
 
@@ -125,7 +126,7 @@ def test_masks_that_are_no_whole_patches_are_refused() -> None:
 
 def test_values_may_be_any() -> None:
     masks = torch.tensor([[[7, 255, 300]]])
-    assert classes_of(masks) == [7, 300]
+    assert classes_of(counts_of(masks)) == [7, 300]
     assert index_of(masks, [7, 300]).tolist() == [[[0, -1, 1]]]
     for bad, told in (
         ([[[3, 255]]], "have 1 classes"),
@@ -133,7 +134,7 @@ def test_values_may_be_any() -> None:
         ([[[*range(1300)]]], "1,299 classes"),
     ):
         with pytest.raises(UsageError, match=told):
-            classes_of(torch.tensor(bad))
+            classes_of(counts_of(torch.tensor(bad)))
 
 
 def scenes(count: int, seed: int, noise: float = 0.7) -> tuple[Tensor, Tensor]:
@@ -352,13 +353,33 @@ def test_an_encoder_and_raw_pixels_of_shards(halves: tuple[Shards, Shards]) -> N
         assert "rate" not in near.protocol
 
 
+@pytest.mark.parametrize(("bound", "most"), [("VALUES_MOST", 16 * 16 * 20), ("PIXELS_MOST", 16 * 16 * 20)])
 def test_memory_is_bounded_by_taking_fewer_images(
-    halves: tuple[Shards, Shards], monkeypatch: pytest.MonkeyPatch
+    halves: tuple[Shards, Shards], monkeypatch: pytest.MonkeyPatch, bound: str, most: int
 ) -> None:
-    monkeypatch.setattr(module, "VALUES_MOST", 16 * 16 * 20)
+    monkeypatch.setattr(module, bound, most)
     outcomes = run_dense(subject(halves, built()))
     assert "20 of 24 training images, evenly spaced" in outcomes[0].protocol
     assert "train that lacks" not in outcomes[0].protocol
+
+
+def test_masks_are_looked_at_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only train's masks themselves grow with the pixels: no table of 64 bits is made of all of them."""
+    masks = torch.randint(0, 3, (10, 8, 8), dtype=torch.int32)
+    masks[0, 0, 0] = 255
+    tokens = torch.randn(10, 4, 4, 6)
+    seen: list[int] = []
+    real = module.index_of
+    monkeypatch.setattr(module, "index_of", lambda part, classes: seen.append(len(part)) or real(part, classes))
+    monkeypatch.setattr(module, "HEADS", ((0.1, 0.0),))
+    whole = dense((tokens, masks), [(tokens, masks)], 1)
+    monkeypatch.setattr(module, "PART", 3)
+    seen.clear()
+    parts = dense((tokens, masks), [(tokens, masks)], 1)
+    assert seen[:4] == [3, 3, 3, 1]
+    assert torch.equal(parts.linear[0], whole.linear[0]) and torch.equal(parts.majority, whole.majority)
+    counts = counts_of(masks)
+    assert counts[:4].tolist() == [int((masks == value).sum()) for value in range(3)] + [0] and counts[255] == 0
 
 
 def test_tokens_lie_where_their_patches_are(halves: tuple[Shards, Shards]) -> None:

@@ -349,7 +349,9 @@ def test_markdown_is_a_table_and_what_stands_under_it(folder: Path) -> None:
     assert len(table) == 2 + 5
     assert f"**{folder / 'a-test'}** (test, 30 samples; % unless told)" in lines
     assert "- **warning:** mind the gap" in lines
-    assert sum(line.startswith(("- one|1", "- one\\|1")) for line in lines) == 2  # two differences; a protocol serves both
+    assert (
+        sum(line.startswith(("- one|1", "- one\\|1")) for line in lines) == 2
+    )  # two differences; a protocol serves both
     assert not any("initialisations" in line for line in lines)
 
 

@@ -301,11 +301,35 @@ def test_a_rate_that_diverges_is_not_chosen() -> None:
         tune(make(), epochs=0)
 
 
-def test_any_backbone_is_tuned() -> None:
-    other = make(name="convnext_atto", image_size=32, pool="head", patch=None, width=None, depth=None, heads=None)
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18"])
+def test_any_backbone_is_tuned(name: str) -> None:
+    other = make(name=name, image_size=32, pool="head", patch=None, width=None, depth=None, heads=None)
     images = torch.randn(12, 1, 32, 32)
     tuned = finetune(other, TensorImages(images), torch.arange(12) % 2, lambda: [images], 1, 1, rates=(1e-3,))
     assert tuned.answers[0].shape == (12, 2)
+
+
+@pytest.mark.parametrize("pool", ["cls", "cls+mean", "gem", "last4"])
+def test_the_pool_that_is_asked_for_is_the_one_that_is_tuned(pool: str) -> None:
+    encoder = make(class_token=True, depth=4)
+    model = Classifier(copied(encoder), 3, 0, pool=pool)
+    x = toy(4)[0]
+    assert torch.equal(model.eval()(x), model.head(model.encoder.embed(x, pool)))
+    model.train()
+    model.encoder.backbone.blocks[1].drop_path1.rate = 0.999  # stochastic depth draws for every pool
+    model(x, lambda purpose, count: torch.zeros(len(x), count))
+    assert not model.encoder.backbone.blocks[1].drop_path1.kept.any()
+    assert tune(encoder, epochs=1, pool=pool).answers[0].shape == (30, 3)
+    assert len(tune(make(), epochs=1).answers) == 1
+
+
+def test_the_evaluator_tunes_the_pool_that_it_cites(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, seen = subject_of(make(), folder, 1), []
+    real = Classifier.forward
+    monkeypatch.setattr(Classifier, "forward", lambda self, *given_: seen.append(self.pool) or real(self, *given_))
+    (row,) = run_finetune(Subject(**{**vars(subject), "pool": "gem"}))
+    assert set(seen) == {"gem"}
+    assert "gem, fp32" in row.protocol
 
 
 # -- as an evaluator
@@ -339,7 +363,7 @@ def test_outcomes_are_counts_of_the_answers(folder: Any, monkeypatch: pytest.Mon
     real = run_finetune(subject)
     assert len(real) == 1
     assert len(real[0].values) == 2
-    monkeypatch.setattr(module, "finetune", lambda *given_: module.Tuned(answers, 1e-3))
+    monkeypatch.setattr(module, "finetune", lambda *given_, **more: module.Tuned(answers, 1e-3))
     [row] = run_finetune(subject)
     voted = [torch.tensor([3, 7])[answer.argmax(1)] for answer in answers]
     assert row.values == pytest.approx([100 * (vote == truth).double().mean().item() for vote in voted])
@@ -348,7 +372,8 @@ def test_outcomes_are_counts_of_the_answers(folder: Any, monkeypatch: pytest.Mon
     assert row.detail["classes"] == [3, 7]
     for i, true in enumerate((3, 7)):
         for j, said in enumerate((3, 7)):
-            assert row.detail["confusion"][i][j] == sum(int(((truth == true) & (vote == said)).sum()) for vote in voted)
+            counts = [int(((truth == true) & (vote == said)).sum()) for vote in voted]
+            assert row.detail["confusion"][i][j] == sum(counts) / 2  # the mean over seeds, as of every probe
     assert row.chosen == {"rate": 1e-3, "epochs": 2}
     for told in ("2 epochs, last one", "rate 0.001 of", "a held-out tenth of train", "drop path 0.1", "mean, fp32"):
         assert told in row.protocol
@@ -362,6 +387,7 @@ def test_several_labels_have_map_and_auc(folder: Any) -> None:
     rows = run_finetune(subject_of(make(), folder, 1, labels))
     assert [row.metric for row in rows] == ["mAP", "AUC"]
     assert all(len(row.values) == 2 for row in rows)
+    assert "chosen by cross-entropy on a held-out tenth" in rows[0].protocol
 
 
 def test_vectors_cannot_be_tuned(folder: Any) -> None:

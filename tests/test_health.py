@@ -216,6 +216,9 @@ def test_what_cannot_be_had_has_no_row(tmp_path: Any) -> None:
         "cosine",
         "uniformity",
     ]
+    for number in (uniformity, mean_cosine):
+        with pytest.raises(UsageError, match="compares images with each other; test has 1"):
+            number(torch.ones(1, 4))
     with pytest.raises(UsageError, match="compares images with each other; test has 1"):
         run_health(subject_of(None, Shards(str(tmp_path)), torch.randn(1, 5)))
 
@@ -280,6 +283,7 @@ def test_a_score_never_rests_on_a_substitute(tmp_path: Any) -> None:
 
 def test_health_tells_a_collapsed_encoder_from_a_trained_one() -> None:
     """Checkpoints are chosen by this: three numbers of them, each the way that docs/evaluation.md says."""
+    torch.manual_seed(0)  # of the head
     shards = Shards("digits:test")
     trained = make(width=32, depth=1).train()
     images = torch.cat(list(prepared(trained.preprocessing, shards, CPU)))

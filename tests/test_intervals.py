@@ -79,6 +79,16 @@ def test_a_constant_is_sure_whatever_the_groups() -> None:
     assert np.allclose(draws_of(torch.full((100, 1), 0.4), groups), 0.4)
 
 
+def test_a_handful_of_units_has_no_interval() -> None:
+    """Of one patient every draw is the same test set: an interval of no width, which is no certainty."""
+    one, nine, ten = (torch.arange(400) % count for count in (1, 9, 10))
+    for groups, told in ((one, False), (nine, False), (ten, True), (ALONE, True)):
+        (found,) = with_intervals([row("p", hits(0.6))], groups, 0)
+        assert ("interval" in found.score) == (found.draws is not None) == told
+    (few,) = with_intervals([row("p", hits(0.6, 9))], ALONE[:9], 0)
+    assert "interval" not in few.score
+
+
 def test_sets_are_drawn_independently() -> None:
     each = hits(0.5)[:, None]
     first, second = (draws_of(each, ALONE, 500, seed)[:, 0] for seed in (0, 1))

@@ -169,12 +169,12 @@ def test_nobody_votes_who_is_not_there() -> None:
 
 
 BAD_LABELS = [
-    (torch.zeros(50, dtype=torch.long), torch.zeros(20, dtype=torch.long), "all 50 samples of train have the label 0"),
+    (torch.zeros(50, dtype=torch.long), torch.zeros(20, dtype=torch.long), "train: all 50 samples have the label 0"),
     (torch.arange(50) % 2 - 1, torch.zeros(20, dtype=torch.long), "train: 25 of 50 samples have no label"),
     (torch.arange(50) % 2, -torch.ones(20, dtype=torch.long), "test: 20 of 20 samples have no label"),
-    ((torch.arange(50) % 2).float(), torch.zeros(20), "train's labels are torch.float32"),
-    (torch.arange(49) % 2, torch.zeros(20, dtype=torch.long), "train has 50 features and 49 labels"),
-    (torch.arange(50) % 2, torch.zeros(21, dtype=torch.long), "test has 20 features and 21 labels"),
+    ((torch.arange(50) % 2).float(), torch.zeros(20), "train: labels are torch.float32"),
+    (torch.arange(49) % 2, torch.zeros(20, dtype=torch.long), "train: 50 samples have 49 labels"),
+    (torch.arange(50) % 2, torch.zeros(21, dtype=torch.long), "test: 20 samples have 21 labels"),
     (torch.arange(50) % 2, torch.full((20,), 2**62), "test has 1 classes that train lacks: 4611686018427387904"),
 ]
 
@@ -190,9 +190,9 @@ def test_labels_that_cannot_be_scored_are_refused(train_labels: Tensor, test_lab
 
 def test_features_of_other_widths_and_empty_sets_are_refused() -> None:
     train, labels = blobs(50)
-    with pytest.raises(UsageError, match=r"train's features have the shape \[12\] and test's \[11\]"):
+    with pytest.raises(UsageError, match="train has features of width 12, test of 11"):
         knn(train, labels, train[:, :11], labels)
-    with pytest.raises(UsageError, match="test has no samples"):
+    with pytest.raises(UsageError, match="test: features must be"):
         knn(train, labels, train[:0], labels[:0])
 
 
@@ -255,8 +255,10 @@ def test_nothing_to_rank_is_told() -> None:
     x, has = several(40)
     with pytest.raises(UsageError, match="no class that some of 4 samples have and others lack"):
         knn_ranked(x, torch.ones_like(has), x, (1, 3))
-    with pytest.raises(UsageError, match=r"train's labels are torch.int64 \[40, 5\]; several labels a sample are bool"):
+    with pytest.raises(UsageError, match=r"train: labels are torch.int64 \[40, 5\]; several labels a sample are bool"):
         knn_ranked(x, has.long(), x, (1, 3))
+    with pytest.raises(UsageError, match="a ranking needs lists"):
+        knn_ranked(x, torch.arange(40) % 2, x, (1, 3))
     with pytest.raises(UsageError, match="no class that some of 40 samples have and others lack"):
         outcomes([has.double()], torch.zeros_like(has), "", {})
     with pytest.raises(NumericError, match="scores that are not finite"):

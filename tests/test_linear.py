@@ -11,12 +11,18 @@ from sklearn.preprocessing import StandardScaler
 from selfsight.data.shards import Shards
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.errors import NumericError, UsageError
+from selfsight.eval.cluster import cluster
 from selfsight.eval.features import Features, extract, pixels_of
+from selfsight.eval.fewshot import fewshot
+from selfsight.eval.health import mean_cosine, uniformity
 from selfsight.eval.knn import knn
 from selfsight.eval.labels import held_out
+from selfsight.eval.lda import lda
 from selfsight.eval.linear import DECAYS, HEADS, RATES, Standardizer, fit_heads, linear, score
+from selfsight.eval.logistic import logistic
 from selfsight.eval.protocol import run_linear
-from selfsight.eval.quality import judged
+from selfsight.eval.quality import judged, moments
+from selfsight.eval.retrieval import retrieval
 from selfsight.eval.subject import Options, Subject
 from selfsight.recipe import DataConfig, EncoderConfig
 
@@ -215,10 +221,12 @@ def test_features_that_are_not_finite_and_rates_that_all_diverge_are_refused(
 ) -> None:
     (x, labels), broken = blobs(50), blobs(50)[0]
     broken[7, 3] = torch.nan
-    with pytest.raises(NumericError, match=r"1 features are not finite \(test, x\)"):
+    with pytest.raises(NumericError, match="x, test: 1 of 50 samples have features that are not finite"):
         linear({"x": x}, labels, {"x": broken}, labels)
-    with pytest.raises(NumericError, match=r"1 features are not finite \(train, x\)"):
+    with pytest.raises(NumericError, match="x, train: 1 of 50 samples have features that are not finite"):
         linear({"x": broken}, labels, {"x": x}, labels)
+    with pytest.raises(UsageError, match="no pools of features"):
+        linear({}, labels, {}, labels)
     with pytest.raises(UsageError, match="test has no pool y"):
         linear({"y": x}, labels, {"x": x}, labels)
     monkeypatch.setattr("selfsight.eval.linear.HEADS", ((1e38, 1e38), (1e37, 1e38)))
@@ -249,3 +257,38 @@ def test_the_outcome_tells_the_mean_over_seeds(monkeypatch: pytest.MonkeyPatch) 
     precision, area = run_linear(Subject("stored", "x", has, told, Options(seeds=2), torch.device("cpu")))
     assert (precision.metric, area.metric, len(area.values)) == ("mAP", "AUC", 2)
     assert "chosen by mAP" in precision.protocol
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e30])
+def test_the_magnitude_of_features_is_nothing_to_the_probe(short: None, scale: float) -> None:
+    (x, labels), (y, truth) = blobs(200), blobs(80, seed=1)
+    plain = linear({"x": x}, labels, {"x": y}, truth, seeds=1)
+    scaled = linear({"x": x * scale}, labels, {"x": y * scale}, truth, seeds=1)
+    assert scaled.accuracies == pytest.approx(plain.accuracies, abs=1.3)
+    mean, std = moments(x * scale)
+    assert torch.allclose(mean.double(), x.double().mean(0) * scale, rtol=1e-4, atol=1e-6 * scale)
+    assert torch.allclose(std.double(), x.double().std(0) * scale, rtol=1e-5, atol=0)
+
+
+def test_what_does_not_vary_stays_nothing() -> None:
+    x = torch.full((1000, 3), 0.1)
+    x[:, 1] = 1e6 + torch.arange(1000) % 2 * 0.0625  # the rounding of a large constant
+    x[0, 2] = 1  # one sample of many does vary
+    scaled = Standardizer(x)(x)
+    assert torch.equal(scaled[:, 0], torch.zeros(1000)) and scaled[:, 1].abs().max() < 1
+    assert scaled[:, 2].std() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(scaled[:, 3], torch.ones(1000))
+    assert Standardizer(x[:1])(x[:1]).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_features_of_any_precision_and_with_a_gradient_are_probed(short: None, dtype: torch.dtype) -> None:
+    (x, labels), (y, truth) = blobs(60), blobs(20, seed=1)
+    given = x.to(dtype).requires_grad_(), labels, y.to(dtype), truth
+    assert 0 <= linear({"x": given[0]}, labels, {"x": given[2]}, truth, seeds=1).accuracies[0] <= 100
+    for probe in (logistic, lda, retrieval):
+        probe(*given)
+    assert fewshot(*given, shots=(1,))[1].shape == (10, 20)
+    assert knn(*given, k=(1, 3)).predicted.shape == (20,)
+    assert cluster(*given[:2], seeds=1).nmi[0] >= 0
+    assert np.isfinite([uniformity(given[0]), mean_cosine(given[0])]).all()

@@ -8,6 +8,7 @@ from torch import nn
 
 from selfsight.data.views import View
 from selfsight.encoder import build_encoder, preprocessing_of
+from selfsight.errors import UsageError
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import MAEConfig
 from selfsight.optim import build_optimizer, lr_at, move_average, set_rates, weight_decay_at
@@ -96,3 +97,14 @@ def test_the_average_is_a_running_one() -> None:
                 expected[name] = 0.9 * expected[name] + 0.1 * value
     for name, value in average.state_dict().items():
         assert torch.allclose(value, expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_a_rate_falls_along_blocks_or_not_at_all(name: str) -> None:
+    config = EncoderConfig(name=name, image_size=64, pool="head", patch=None, width=None, depth=None, heads=None)
+    encoder = build_encoder(config, preprocessing_of(DataConfig(train="x"), config), 0)
+    objective = nn.ModuleDict({"encoder": encoder})
+    groups = build_optimizer(objective, encoder, OptimConfig()).param_groups
+    assert {group["scale"] for group in groups} == {1.0}
+    with pytest.raises(UsageError, match=f"optim.layer_decay: {name} has no plain sequence of blocks"):
+        build_optimizer(objective, encoder, OptimConfig(layer_decay=0.75))

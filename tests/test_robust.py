@@ -25,6 +25,7 @@ from selfsight.eval import robust as module
 from selfsight.eval.evaluators import EVALUATORS
 from selfsight.eval.features import Extraction, Features, extract, prepared
 from selfsight.eval.knn import knn, predict, unit
+from selfsight.eval.masked import pixel_patch
 from selfsight.eval.perturb import (
     BLUR,
     CONTRAST,
@@ -38,7 +39,7 @@ from selfsight.eval.perturb import (
     severities,
     shift,
 )
-from selfsight.eval.robust import CLEAN, Answers, curve, features, grids, judge, leaves_out, run_robust
+from selfsight.eval.robust import CLEAN, Answers, curve, features, grids, judge, leaves_out, occluded_patch, run_robust
 from selfsight.eval.subject import Options, Outcome, Subject
 from selfsight.recipe import DataConfig, EncoderConfig
 
@@ -286,6 +287,23 @@ def test_volumes_channel_tokens_and_others_are_perturbed_too() -> None:
         assert torch.allclose(found["occlusion", 0.5], tokens(images, keep=places).patches.mean(1), atol=1e-5)
 
 
+def test_a_backbone_without_patches_is_perturbed_in_tiles(halves: tuple[Shards, Shards]) -> None:
+    encoder = built(name="resnet18", image_size=32, pool="head", patch=None, width=None, depth=None, heads=None)
+    found = by_metric(run_robust(subject(halves, encoder)))
+    assert "half of the patches in the mean colour" in found["occlusion 50 %"].protocol
+    assert [occluded_patch(built()), occluded_patch(encoder)] == [2, 2]
+    assert [pixel_patch(size) for size in (224, 32, 30, 8)] == [16, 2, 2, 1]
+
+
+def test_the_text_is_of_the_pool_that_is_asked(halves: tuple[Shards, Shards]) -> None:
+    """An encoder whose own pool is `head` leaves no patches out, but does so for `mean`."""
+    it = subject(halves, built(pool="head"))
+    vectors = [extract(it.encoder, one, CPU, ("mean", "head")) for one in halves]  # type: ignore[arg-type]
+    for pool, how in (("mean", "left out"), ("head", "in the mean colour")):
+        own = by_metric(run_robust(replace(it, pool=pool, train=vectors[0], test=vectors[1])))
+        assert f"half of the patches {how}" in own["occlusion 50 %"].protocol
+
+
 def test_grids_divide_the_side() -> None:
     assert [grids(size) for size in (224, 28, 8, 9, 2)] == [[2, 4, 8], [2, 4], [2, 4], [], []]
 
@@ -304,6 +322,13 @@ def test_the_bank_is_asked_for_each() -> None:
     assert curve({("a", 2.0): clean, ("b", 1.0): worse}, "a") == {2.0: clean}
     with pytest.raises(NumericError, match="not finite or have length zero"):
         judge({CLEAN: clean, ("blur", 1.0): worse * torch.nan}, bank, fit, held, 3)
+    worse[4] = 0  # nothing is left of it
+    lost = judge({("noise", 1.0): worse, CLEAN: clean}, bank, fit, held, 3)
+    assert [lost.hits["noise", 1.0][4], lost.same["noise", 1.0][4], lost.cosine["noise", 1.0][4]] == [0, 0, 0]
+    rest = torch.arange(12) != 4
+    assert torch.equal(lost.hits["noise", 1.0][rest], found.hits["noise", 1.0][rest])
+    with pytest.raises(NumericError, match="length zero"):
+        judge({CLEAN: worse}, bank, fit, held, 3)
     assert Answers._fields == ("hits", "same", "cosine")
 
 

@@ -119,6 +119,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "words": ({"labels": np.array(["a"] * 40)}, "cannot be read as stored features"),
     "hashes": ({"hashes": np.zeros((40, 3), np.uint8)}, "hashes are uint8 of shape"),
     "prints": ({"prints": np.zeros(3, np.int64)}, "prints are int64 of shape"),
+    "prints of 32 bits": ({"prints": np.zeros(40, np.int32)}, "prints are int32 of shape"),
+    "prints of floats": ({"prints": np.zeros(40)}, "prints are float64 of shape"),
+    "one column": ({"labels": np.arange(40)[:, None] % 2}, r"labels are int64 of shape \(40, 1\); .* single labels are"),
+    "pools of a number": ({"about": np.array('{"pools": 5}')}, "pools that are no list of names"),
+    "pools of lists": ({"about": np.array('{"pools": [["a"]]}')}, "pools that are no list of names"),
+    "pools of NaN": ({"about": np.array('{"pools": NaN}')}, "pools that are no list of names"),
+    "deep": ({"about": np.array("[" * 99999)}, "cannot be read as stored features"),
     "about": ({"about": np.array("[1]")}, "what is told about it is no object"),
 }  # fmt: skip
 

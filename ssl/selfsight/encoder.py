@@ -162,15 +162,20 @@ class Encoder(nn.Module):
     @property
     def feature_width(self) -> int:
         """Width of `embed`'s features."""
-        if self.pool == "head":
+        return self.width_of(self.pool)
+
+    def width_of(self, pool: str) -> int:
+        """Width of the features of a pool."""
+        if pool == "head":
             return getattr(self.backbone, "head_hidden_size", self.width)
-        return self.width * len(self.pool.split("+"))
+        parts = 4 + self.has_class_token if pool == LAST4 else len(pool.split("+"))
+        return self.width * parts
 
     @property
     def blocks(self) -> nn.ModuleList | nn.Sequential:
-        """The transformer blocks, or the stages of a hierarchical backbone."""
+        """The transformer blocks, or the stages of a hierarchical backbone; none of one that is built otherwise (ResNet)."""
         names = ("blocks", "layers", "stages")
-        return next(getattr(self.backbone, name) for name in names if hasattr(self.backbone, name))
+        return next((getattr(self.backbone, name) for name in names if hasattr(self.backbone, name)), nn.ModuleList())
 
     def forward(
         self,
@@ -280,7 +285,8 @@ class Encoder(nn.Module):
     ) -> tuple[Tokens, dict[str, Tensor]]:
         """Tokens, and features by pool, from one forward pass."""
         layers: list[Tokens] = []
-        if LAST4 in pools:  # not while training: drop paths draw nothing here
+        if LAST4 in pools:
+            self._draw_drop_paths(images, draw)
             layers = self.layers(images, 4, channels)
             tokens = layers[-1]
             raw = torch.cat(tokens, dim=1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from selfsight.encoder import PLANE_TABLES, Encoder
+from selfsight.errors import UsageError
 from selfsight.recipe import OptimConfig
 
 
@@ -23,7 +24,14 @@ def build_optimizer(objective: nn.Module, encoder: Encoder, config: OptimConfig)
 
     Vectors and tokens are not decayed. With layer_decay d, block i of L has scale d^(L - i), the stem d^(L + 1), and
     all that is not the encoder's (or comes after its blocks) 1, as in BEiT and MAE's fine-tuning.
+
+    Raises:
+        UsageError: layer_decay for a backbone without such blocks.
     """
+    if config.layer_decay != 1.0 and not encoder.plain:
+        raise UsageError(
+            f"optim.layer_decay: {encoder.config.name} has no plain sequence of blocks to fall along; leave it at 1"
+        )
     spared = {"pos_embed", "cls_token", "reg_token", "mask_token", *PLANE_TABLES}
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in objective.named_parameters():

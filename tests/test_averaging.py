@@ -18,9 +18,9 @@ from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.eval.features import extract
 from selfsight.eval.knn import held_out, knn
-from selfsight.export import load_encoder
 from selfsight.exports.averaging import greedy, held_out_knn, sources, uniform
 from selfsight.exports.card import Facts, facts_of
+from selfsight.loading import load_encoder
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.train import pretrain
 
@@ -169,7 +169,7 @@ def run_of_dino(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "train.workers": 0, "eval.train": None, "eval.test": None,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        patch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
         pretrain("digits/dino", fields)
     return folder
 
@@ -269,7 +269,7 @@ def test_scores_go_with_the_weights_that_were_scored(run_of_dino: Path, tmp_path
     row = {"encoder": "pretrained", "evaluator": "knn", "value": 50.0, "std": 0.0, "n": 1, "protocol": "kNN: k=3"}
     (run / "scores.json").write_text(json.dumps({"scores": [row]}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        patch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
         for i, words in enumerate(([], ["--weights", "student"], ["--image-size", "16"])):
             assert cli.main(["export", str(run), str(tmp_path / f"{i}"), *words]) == 0
         assert cli.main(["export", str(run / "encoder"), str(tmp_path / "3")]) == 0

@@ -17,8 +17,9 @@ from transformers import AutoModel
 from selfsight import checkpoint, cli
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
-from selfsight.export import export, load_encoder, timm_line, verify_export
+from selfsight.exports.export import export, timm_line, verify_export
 from selfsight.exports.formats import FORMATS
+from selfsight.loading import load_encoder
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.train import pretrain
 from selfsight.weights import load_weights
@@ -112,7 +113,7 @@ WRONG_INPUTS = [
 
 
 def test_inputs_of_an_export_are_held_to_what_a_recipe_may_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
     export(make(), tmp_path / "enc", {})
     config = json.loads((tmp_path / "enc" / "config.json").read_text())
     (tmp_path / "enc" / "manifest.json").unlink()
@@ -133,7 +134,7 @@ def test_features_that_differ_are_not_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None
 ) -> None:
     with pytest.MonkeyPatch.context() as unchecked:
-        unchecked.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        unchecked.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
         export(make(), tmp_path / "enc", {})
     encoder = make()
     real = Encoder.embed
@@ -154,7 +155,9 @@ def test_an_export_that_timm_cannot_load_is_not_kept(tmp_path: Path) -> None:
         pytest.MonkeyPatch.context() as broken,
         pytest.raises(StorageError, match="a process of its own could not load the export: OSError: no"),
     ):
-        broken.setattr("selfsight.export.FORMATS", {"timm": FORMATS["timm"]._replace(clean="raise OSError('no')")})
+        broken.setattr(
+            "selfsight.exports.export.FORMATS", {"timm": FORMATS["timm"]._replace(clean="raise OSError('no')")}
+        )
         export(make(), tmp_path / "enc", {})
     assert os.listdir(tmp_path) == []
 
@@ -322,3 +325,9 @@ def test_what_is_not_a_number_is_not_exported(tmp_path: Path, clean_process: Non
     with pytest.raises(StorageError, match="differ from the live encoder's by nan"):
         export(encoder, tmp_path / "enc", {"format": "nonsense"})
     assert os.listdir(tmp_path) == []
+
+
+def test_the_name_of_the_package_is_the_function() -> None:
+    import selfsight
+
+    assert selfsight.export is export and selfsight.load_encoder is load_encoder

@@ -22,11 +22,12 @@ from selfsight import cli
 from selfsight.data.crops import resize_and_crop
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import NumericError, StorageError, UsageError
-from selfsight.export import export, load_encoder
 from selfsight.exports import torch_format
 from selfsight.exports.card import Facts
+from selfsight.exports.export import export
 from selfsight.exports.resize import resized
 from selfsight.exports.transformers_names import place_of
+from selfsight.loading import load_encoder
 from selfsight.recipe import DataConfig, EncoderConfig
 
 TINY: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2}
@@ -235,11 +236,11 @@ def test_features_of_another_function_are_not_exported(
     def other(encoder: Encoder, *more: Any) -> None:
         real(make(depth=1), *more)
 
-    monkeypatch.setattr("selfsight.export.FORMATS", {"torch": torch_format.TORCH._replace(write=other)})
+    monkeypatch.setattr("selfsight.exports.export.FORMATS", {"torch": torch_format.TORCH._replace(write=other)})
     with pytest.raises(StorageError, match="torch's features differ"):
         export(make(), tmp_path / "enc", to="torch")
     monkeypatch.setattr(
-        "selfsight.export.FORMATS",
+        "selfsight.exports.export.FORMATS",
         {"torch": torch_format.TORCH._replace(write=lambda encoder, *more: real(make(width=48), *more))},
     )
     with pytest.raises(StorageError, match="another shape"):
@@ -301,7 +302,7 @@ def test_weights_that_half_precision_cannot_hold_are_refused(
     encoder.backbone.norm.weight[3] = 1e5
     with pytest.raises(NumericError, match=r"backbone.norm.weight has 1e\+05, which fp16 cannot hold"):
         export(encoder, tmp_path / "enc", half="fp16")
-    monkeypatch.setattr("selfsight.export.HALF_TOLERANCE", {"bf16": 1e-6})
+    monkeypatch.setattr("selfsight.exports.export.HALF_TOLERANCE", {"bf16": 1e-6})
     with pytest.raises(NumericError, match="weights in bf16 move features by"):
         export(make(), tmp_path / "enc", half="bf16")
     assert os.listdir(tmp_path) == []

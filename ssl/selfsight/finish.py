@@ -11,8 +11,8 @@ from selfsight.assemble import Parts, assemble, libraries
 from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import evaluate
 from selfsight.eval.ranks import ALONE, Ranks
-from selfsight.export import export, timm_line, write_card_again
 from selfsight.exports.card import facts_of, hardware_of
+from selfsight.exports.export import export, timm_line, write_card_again
 from selfsight.faults import faultpoint
 from selfsight.quarantine import replaced
 from selfsight.recipe import load

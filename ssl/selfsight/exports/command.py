@@ -9,11 +9,12 @@ from selfsight import __version__
 from selfsight.console import say
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
-from selfsight.export import export, load_encoder, timm_line
 from selfsight.exports import averaging, hub
 from selfsight.exports.card import license_of
+from selfsight.exports.export import export, timm_line
 from selfsight.exports.origin import provenance_of, run_facts
 from selfsight.exports.resize import resized
+from selfsight.loading import load_encoder
 
 METHODS = ("uniform", "greedy")
 

@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from selfsight.redact import redact_tree
 from selfsight.run_folder import sync
 from selfsight.weights import PLANES, read_config
 
-__all__ = ["export", "load_encoder", "seal", "timm_line", "verify_export"]
+__all__ = ["export", "seal", "timm_line", "verify_export"]
 HALF_TOLERANCE = {"fp16": 0.01, "bf16": 0.08}  # of the largest feature, that rounding of the weights may move one
 _CLEAN = clean.script(FORMATS["timm"].clean)
 
@@ -224,13 +222,3 @@ def timm_line(folder: Path) -> str:
     if (folder / PLANES).is_file():
         line += f'  # one plane of patches; all of it: selfsight.load_encoder("{folder.resolve()}")'
     return line
-
-
-class _Callable(ModuleType):
-    """`selfsight.export` is this module and, to who writes `ss.export(encoder, folder)`, its function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> float:
-        return export(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable

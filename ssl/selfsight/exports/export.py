@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from selfsight.exports.format import HALVES, SIZES
 from selfsight.exports.formats import FORMATS
 from selfsight.exports.transformers_format import pool_of
 from selfsight.loading import load_encoder
-from selfsight.redact import redact_tree
+from selfsight.redact import redact_tree, without_home
 from selfsight.run_folder import sync
 from selfsight.weights import PLANES, read_config
 
@@ -59,7 +58,7 @@ def export(
     _refuse_foreign(folder)
     _require(to, half)
     facts = facts or Facts()
-    told = {**_without_home(provenance or {}), **_claimed(facts)}
+    told = {**without_home(provenance or {}), **_claimed(facts)}
     draft = folder.with_name(f".draft-{folder.name}")
     with _resting(encoder):
         FORMATS[to].require(encoder)
@@ -104,19 +103,6 @@ def _claimed(facts: Facts) -> dict[str, Any]:
     license = license_of(facts.license)
     claimed = {"license": license if license != "unknown" else None, "device_hours": facts.hours, "scores": rows}
     return {key: value for key, value in claimed.items() if value}
-
-
-def _without_home(value: Any) -> Any:
-    """A home folder as `~`, which whoever loads data understands, and a run's folder by its name alone."""
-    if isinstance(value, dict):
-        named = {key: Path(inner).name for key, inner in value.items() if key == "run_dir" and isinstance(inner, str)}
-        return {key: _without_home(inner) for key, inner in value.items()} | named
-    if isinstance(value, list | tuple):
-        return [_without_home(inner) for inner in value]
-    home = str(Path.home())
-    if isinstance(value, str) and len(home) > 1:
-        return re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", value)
-    return value
 
 
 def write_card_again(encoder: Encoder, folder: Path, facts: Facts) -> None:

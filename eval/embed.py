@@ -76,7 +76,7 @@ def stored(
     ranks: Ranks = ALONE,
 ) -> Stored:
     """Features of a set with what tells where they are from; see `embed`."""
-    from selfsight.export import load_encoder
+    from selfsight.loading import load_encoder
 
     shards = Shards(spec)
     live = encoder if isinstance(encoder, Encoder) else load_encoder(encoder)

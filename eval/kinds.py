@@ -36,7 +36,7 @@ class Described:
 
 def loaded(source: Source) -> Encoder:
     """The encoder in memory."""
-    from selfsight.export import load_encoder
+    from selfsight.loading import load_encoder
 
     return source if isinstance(source, Encoder) else load_encoder(source)
 

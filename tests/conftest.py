@@ -116,7 +116,7 @@ def contend(folder: Path, count: int, before: str = "") -> list[str]:
 @pytest.fixture
 def unchecked_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare each run the process that looks at its export; test_export and the command's own tests have it."""
-    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
 
 
 def look_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

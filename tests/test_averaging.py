@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.eval.features import extract
 from selfsight.eval.knn import held_out, knn
-from selfsight.export import load_encoder
-from selfsight.exports.averaging import greedy, held_out_knn, sources, uniform
+from selfsight.exports import averaging
+from selfsight.exports.averaging import Soup, held_out_knn, sources
 from selfsight.exports.card import Facts, facts_of
+from selfsight.loading import load_encoder
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.train import pretrain
 
@@ -32,7 +35,15 @@ def make(seed: int = 0, data: dict[str, Any] | None = None, **fields: Any) -> En
     return build_encoder(config, preprocessing_of(DataConfig(train="x", **(data or {})), config), seed).eval()
 
 
-@given(st.lists(st.integers(0, 99), min_size=2, max_size=4))
+def uniform(encoders: Sequence[Encoder], names: Sequence[str]) -> Soup:
+    return averaging.uniform(names, dict(zip(names, encoders, strict=True)).__getitem__)
+
+
+def greedy(encoders: Sequence[Encoder], names: Sequence[str], score: Callable[[Encoder], float]) -> Soup:
+    return averaging.greedy(names, dict(zip(names, encoders, strict=True)).__getitem__, score)
+
+
+@given(st.lists(st.integers(0, 99), min_size=2, max_size=4, unique=True))
 @settings(max_examples=10, deadline=None)
 def test_the_uniform_average_is_the_mean_of_every_tensor(seeds: list[int]) -> None:
     encoders = [make(seed, registers=1) for seed in seeds]
@@ -70,6 +81,34 @@ def test_what_is_not_alike_is_not_averaged(fields: dict[str, Any], data: dict[st
     for method in (lambda e, n: uniform(e, n), lambda e, n: greedy(e, n, lambda _: 0.0)):
         with pytest.raises(UsageError, match=told):
             method([make(), make(1, data, **fields)], ["a", "b"])
+
+
+@pytest.mark.parametrize("method", ["uniform", "greedy"])
+def test_few_encoders_are_held_at_a_time(method: str) -> None:
+    made: list[weakref.ref[Encoder]] = []
+    most = 0
+
+    def load(name: str) -> Encoder:
+        nonlocal most
+        encoder = make(int(name))
+        made.append(weakref.ref(encoder))
+        most = max(most, sum(ref() is not None for ref in made))
+        return encoder
+
+    names = [str(i) for i in range(6)]
+    soup = averaging.uniform(names, load) if method == "uniform" else averaging.greedy(names, load, lambda _: 0.0)
+    assert soup.taken == tuple(names)
+    assert most <= 3
+
+
+def test_a_source_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "encoder").mkdir(parents=True)
+    (tmp_path / "a" / "encoder" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    for other in ("a", str(tmp_path / "a"), "a/encoder", "b/../a"):
+        with pytest.raises(UsageError, match="is a, which would count twice"):
+            sources("a", ["c", other])
+    assert sources("a", ["c", "b"]) == ["a", "c", "b"]
 
 
 def test_one_is_no_average() -> None:
@@ -146,6 +185,12 @@ def test_labels_are_needed(tmp_path: Path) -> None:
         held_out_knn(str(tmp_path / "none"), torch.device("cpu"))
 
 
+def test_lists_of_labels_are_refused_by_their_option(tmp_path: Path) -> None:
+    write_shards(((image, [label, 2]) for image, label in pictures(40)), tmp_path, "x")
+    with pytest.raises(UsageError, match=r"--average greedy: .* has lists of labels.*give --labels SPEC"):
+        held_out_knn(str(tmp_path), torch.device("cpu"))
+
+
 def test_the_last_checkpoints_of_a_run(tmp_path: Path) -> None:
     for step in (3, 6, 9):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
@@ -169,7 +214,7 @@ def run_of_dino(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "train.workers": 0, "eval.train": None, "eval.test": None,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        patch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
         pretrain("digits/dino", fields)
     return folder
 
@@ -180,6 +225,9 @@ def test_student_and_teacher_of_a_run(run_of_dino: Path) -> None:
         for source in (run_of_dino, run_of_dino / "checkpoints" / "step-00000006"):
             state = load_encoder(source, weights).state_dict()
             assert all(torch.equal(t, saved.tensors["model"][start + n]) for n, t in state.items())
+    for source in (run_of_dino, run_of_dino / "checkpoints" / "step-00000006"):
+        with pytest.raises(UsageError, match="weights 'techer': there are student and teacher"):
+            load_encoder(source, "techer")
     with pytest.raises(UsageError, match="chooses in a run or a checkpoint"):
         load_encoder(run_of_dino / "encoder", "student")
 
@@ -241,43 +289,108 @@ def test_the_card_of_a_run_has_its_hardware_and_hours(run_of_dino: Path) -> None
         "- hardware: ",
         "- versions: torch ",
         "- steps: 6",
-        "- training took ",
-        "Not scored.",
+        "- device-hours: ",
+        "No scores are recorded here.",
     ):
         assert line in card, line
     (run_of_dino / "encoder" / "README.md").write_text("# My own words")  # no part of what the manifest watches
     load_encoder(run_of_dino)
 
 
-def test_hours_are_those_of_the_logged_speeds(tmp_path: Path) -> None:
+def test_hours_are_those_that_the_log_counts(tmp_path: Path) -> None:
     assert facts_of(tmp_path) == Facts()
-    (tmp_path / "recipe.yaml").write_text("train: {batch_size: 8}")
-    lines = [
-        {"step": 10, "images_per_second": 4.0},
-        {"step": 15},
-        {"step": 30, "images_per_second": 8.0},
-        {"step": "x"},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert facts_of(tmp_path).hours == pytest.approx((10 * 8 / 4 + 20 * 8 / 8) / 3600)
+    for spent, hours in (({"device_hours": 2.5}, 2.5), ({"device_hours": "x"}, None), ({}, None)):
+        lines = [{"step": 10, "device_hours": 1.0}, {"step": 15, "images_per_second": 4.0, **spent}]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert facts_of(tmp_path).hours == hours
     (tmp_path / "scores.json").write_text('{"scores": 3}')
     assert facts_of(tmp_path, license="MIT").scores == ()
 
 
-def test_scores_go_with_the_weights_that_were_scored(run_of_dino: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def scored_run(run_of_dino: Path, tmp_path: Path, unchecked_export: None) -> Path:
     run = shutil.copytree(run_of_dino, tmp_path / "run")
     row = {"encoder": "pretrained", "evaluator": "knn", "value": 50.0, "std": 0.0, "n": 1, "protocol": "kNN: k=3"}
-    (run / "scores.json").write_text(json.dumps({"scores": [row]}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
-        for i, words in enumerate(([], ["--weights", "student"], ["--image-size", "16"])):
-            assert cli.main(["export", str(run), str(tmp_path / f"{i}"), *words]) == 0
-        assert cli.main(["export", str(run / "encoder"), str(tmp_path / "3")]) == 0
-    cards = [(tmp_path / f"{i}" / "README.md").read_text() for i in range(4)]
-    for scored in (cards[0], cards[3]):
-        assert "| pretrained | knn | accuracy |  | 50.0% |" in scored and "- kNN: k=3" in scored
-    for other in cards[1:3]:
-        assert "Not scored." in other and "the run's scores are of the encoder that it exported" in other
+    row |= {"interval": [40.0, 60.0], "detail": {"confusion": [[1]]}}
+    scores = json.loads((run / "scores.json").read_text())
+    (run / "scores.json").write_text(json.dumps(scores | {"scores": [row]}))
+    return run
+
+
+def exported(source: Path, target: Path, *words: str) -> str:
+    assert cli.main(["export", str(source), str(target), *words]) == 0
+    return (target / "README.md").read_text()
+
+
+ROW = "| pretrained | knn | accuracy |  | 50.0% | 40.0 to 60.0 |"
+
+
+def test_scores_go_with_the_weights_that_were_scored(scored_run: Path, tmp_path: Path) -> None:
+    for i, source in enumerate((scored_run, scored_run / "encoder", tmp_path / "0", tmp_path / "1")):
+        card = exported(source, tmp_path / f"{i}", *["--to", "transformers"] * (i == 3))
+        assert ROW in card and "- kNN: k=3" in card and "- source: `run`" in card and "- device-hours: " in card
+    for i, words in enumerate((["--weights", "student"], ["--image-size", "16"], ["--half", "bf16"]), 4):
+        card = exported(scored_run, tmp_path / f"{i}", *words)
+        assert "No scores are recorded" in card and "the run's scores are of the encoder that it exported" in card
+        assert "No scores are recorded" in exported(tmp_path / f"{i}", tmp_path / f"{i}-again")
+    told = json.loads((tmp_path / "1" / "config.json").read_text())["selfsight"]["scores"]
+    assert [row["value"] for row in told] == [50.0] and "detail" not in told[0]
+
+
+def test_scores_of_other_weights_are_told_as_such(scored_run: Path, tmp_path: Path) -> None:
+    """Whoever puts another encoder into a run's folder."""
+    exported(scored_run, tmp_path / "other", "--weights", "student")
+    shutil.rmtree(scored_run / "encoder")
+    shutil.copytree(tmp_path / "other", scored_run / "encoder")
+    card = exported(scored_run, tmp_path / "out")
+    assert "50.0" not in card and "the run's scores are of other weights than its encoder has" in card
+
+
+def test_the_encoder_of_a_run_is_not_replaced(scored_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (scored_run / "encoder" / "manifest.json").read_text()
+    assert cli.main(["export", str(scored_run), str(scored_run / "encoder"), "--average", "uniform"]) == 2
+    assert "is the encoder of a run, of which its scores and its report are" in capsys.readouterr().err
+    assert (scored_run / "encoder" / "manifest.json").read_text() == before
+
+
+def test_notes_and_licence_stay_with_the_weights(scored_run: Path, tmp_path: Path) -> None:
+    exported(scored_run, tmp_path / "a", "--average", "uniform", "--license", "MIT")
+    card = exported(tmp_path / "a", tmp_path / "b", "--half", "bf16")
+    card = exported(tmp_path / "b", tmp_path / "c", "--image-size", "16")
+    for line in ("- weights: the mean of 2: ", "- weights rounded to bf16", "- made for images of 16 pixels"):
+        assert card.count(line) == 1, line
+    assert "license: mit" in card and "No licence was given" not in card
+    assert "license: apache-2.0" in exported(tmp_path / "c", tmp_path / "d", "--license", "Apache-2.0")
+    ours = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert ours["selfsight"]["license"] == ours["pretrained_cfg"]["license"] == "Apache-2.0"
+
+
+def test_a_soup_names_its_sources_and_what_they_share(scored_run: Path, tmp_path: Path) -> None:
+    for name, words in (("a", []), ("b", ["--weights", "student"])):
+        exported(scored_run, tmp_path / name, "--license", "MIT", *words)
+    card = exported(tmp_path / "a", tmp_path / "soup", "--average", "uniform", str(tmp_path / "b"))
+    for line in (
+        "license: mit",
+        "pretrained with dino",
+        "## Recipe",
+        "- source: `a, b`",
+        "- weights: the mean of 2: a, b",
+        "- recipe, data, steps and hours are those of a alone",
+    ):
+        assert line in card, line
+    exported(tmp_path / "b", tmp_path / "c", "--license", "GPL-3.0-only")
+    card = exported(tmp_path / "a", tmp_path / "soup2", "--average", "uniform", str(tmp_path / "c"))
+    assert "license: unknown" in card
+
+
+def test_a_token_is_asked_for_first(
+    run_of_dino: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert cli.main(["export", str(run_of_dino), str(tmp_path / "out"), "--push", "me/enc"]) == 2
+    assert "no token" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_config_is_told_by_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from selfsight import checkpoint, cli
 from selfsight.data.build import write_shards
 from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.errors import StorageError
-from selfsight.export import export
+from selfsight.exports.export import export
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.run_folder import RunLock
 

@@ -37,7 +37,7 @@ from selfsight.data.order import sample_ids
 from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, Tokens, build_encoder, preprocessing_of
 from selfsight.errors import NumericError, StorageError, UsageError
-from selfsight.export import export, seal
+from selfsight.exports.export import export, seal
 from selfsight.ledger import weights_hash
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import DistillConfig
@@ -69,7 +69,7 @@ def encode(fields: Fields, seed: int = 0, **data: Any) -> Encoder:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Write]:
     """Exports an encoder to a new folder, without the check in another process that tests/test_export.py is about."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        patch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
 
         def write(fields: Fields, seed: int = 1, **data: Any) -> str:
             folder = tmp_path_factory.mktemp("teacher") / "encoder"
@@ -434,7 +434,7 @@ def test_the_teacher_follows_the_model(plain: str) -> None:
 def test_runs_checkpoints_exports_and_shipped_folders_teach(
     small_fields: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
     run = Path(small_fields["run_dir"])
     parts = assemble(load("digits/mae", small_fields | {"objective.decoder_depth": 1}), CPU)
     with torch.no_grad():
@@ -504,7 +504,7 @@ def test_patch_tokens_without_a_square_grid_are_refused(tokens: int, monkeypatch
         square(tokens, "it")
     odd = encode(SMALL, 1)
     monkeypatch.setattr(odd, "forward", lambda images, **_: Tokens(images[:, :0, 0], torch.zeros(1, tokens, 16)))
-    monkeypatch.setattr("selfsight.export.load_encoder", lambda source: odd)
+    monkeypatch.setattr("selfsight.loading.load_encoder", lambda source: odd)
     with pytest.raises(UsageError, match=f"the {tokens} patch tokens of odd are no grid"):
         make("odd", patches=1.0)
 

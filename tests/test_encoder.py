@@ -13,7 +13,7 @@ from timm.layers.patch_embed import resample_patch_embed
 
 from selfsight.encoder import Encoder, build_encoder, patchify, preprocessing_of, take, unpatchify
 from selfsight.errors import UsageError
-from selfsight.export import load_encoder
+from selfsight.loading import load_encoder
 from selfsight.positions import sincos
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.weights import load_weights

@@ -209,7 +209,7 @@ def test_eval_from_the_command_line(
     unchecked_export: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from selfsight.export import export
+    from selfsight.exports.export import export
 
     export(encoder, tmp_path / "enc", {})
     done = selfsight(

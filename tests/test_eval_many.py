@@ -358,7 +358,7 @@ def test_markdown_is_a_table_and_what_stands_under_it(folder: Path) -> None:
 def test_several_from_the_command_line(
     folder: Path, tmp_path: Path, unchecked_export: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from selfsight.export import export
+    from selfsight.exports.export import export
 
     names = [str(tmp_path / name) for name in ("one", "two")]
     for seed, name in enumerate(names):

@@ -67,7 +67,7 @@ def test_scores_are_those_of_one_process_fresh_and_kept(folder: Path, world: int
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from selfsight import export as module
+    from selfsight.exports import export as module
 
     config = EncoderConfig(image_size=8, channels=1, patch=2, width=16, depth=1, heads=2)
     made = build_encoder(config, preprocessing_of(DataConfig(train="x"), config), 0).eval()

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from transformers import AutoModel
 from selfsight import checkpoint, cli
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import StorageError, UsageError
-from selfsight.export import export, load_encoder, timm_line, verify_export
+from selfsight.exports.export import export, timm_line, verify_export
 from selfsight.exports.formats import FORMATS
+from selfsight.loading import load_encoder
 from selfsight.recipe import DataConfig, EncoderConfig
 from selfsight.train import pretrain
 from selfsight.weights import load_weights
@@ -35,6 +35,13 @@ def make(data: dict[str, Any] | None = None, **fields: Any) -> Encoder:
 def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader runs in this process, which saves the seconds of starting another; each format has one test with its own."""
     look_in_this_process(monkeypatch)
+
+
+def test_a_process_without_us_has_the_same_features(tmp_path: Path) -> None:
+    """The one process of its own among the default tests; test_export_formats has ONNX's."""
+    export(make(), tmp_path / "enc")
+    (tmp_path / "enc" / "README.md").write_text("people write on cards")
+    load_encoder(tmp_path / "enc")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +119,7 @@ WRONG_INPUTS = [
 
 
 def test_inputs_of_an_export_are_held_to_what_a_recipe_may_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
     export(make(), tmp_path / "enc", {})
     config = json.loads((tmp_path / "enc" / "config.json").read_text())
     (tmp_path / "enc" / "manifest.json").unlink()
@@ -133,7 +140,7 @@ def test_features_that_differ_are_not_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None
 ) -> None:
     with pytest.MonkeyPatch.context() as unchecked:
-        unchecked.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        unchecked.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
         export(make(), tmp_path / "enc", {})
     encoder = make()
     real = Encoder.embed
@@ -149,18 +156,31 @@ def test_features_that_differ_are_not_exported(
     assert sorted(os.listdir(tmp_path)) == ["enc"]
 
 
+@pytest.mark.slow  # a process of its own; the next test has what is said of one
 def test_an_export_that_timm_cannot_load_is_not_kept(tmp_path: Path) -> None:
     with (
         pytest.MonkeyPatch.context() as broken,
         pytest.raises(StorageError, match="a process of its own could not load the export: OSError: no"),
     ):
-        broken.setattr("selfsight.export.FORMATS", {"timm": FORMATS["timm"]._replace(clean="raise OSError('no')")})
+        broken.setattr(
+            "selfsight.exports.export.FORMATS", {"timm": FORMATS["timm"]._replace(clean="raise OSError('no')")}
+        )
+        export(make(), tmp_path / "enc", {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nOSError: no\n")
+
+    monkeypatch.setattr("selfsight.exports.clean.subprocess.run", ended)
+    with pytest.raises(StorageError, match="a process of its own could not load the export: OSError: no"):
         export(make(), tmp_path / "enc", {})
     assert os.listdir(tmp_path) == []
 
 
 def test_runs_checkpoints_and_exports_are_one_encoder(
-    small_fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], clean_process: None
 ) -> None:
     pretrain("digits/mae", small_fields)
     folder = Path(small_fields["run_dir"])
@@ -173,9 +193,7 @@ def test_runs_checkpoints_and_exports_are_one_encoder(
     capsys.readouterr()
     assert cli.main(["export", str(newest), str(tmp_path / "out")]) == 0
     line = capsys.readouterr().out.strip()
-    code = f"import sys, timm; model = {line}; assert 'selfsight' not in sys.modules; print(model.num_features)"
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "16\n"
+    assert eval(line, {"timm": timm}).num_features == 16  # noqa: S307 - our own line, which users paste
 
 
 def test_a_checkpoint_with_a_tensor_missing_is_refused(small_fields: dict[str, Any], unchecked_export: None) -> None:
@@ -195,6 +213,45 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists and is no export"):
         export(make(), tmp_path / "thesis", {})
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "dear"
+
+
+def test_only_what_is_wholly_an_export_is_replaced(tmp_path: Path, unchecked_export: None) -> None:
+    folder = tmp_path / "enc"
+    export(make(), folder, {"steps": 1})
+    export(make(), folder, {"steps": 2})
+    (folder / "thesis.tex").write_text("dear")
+    with pytest.raises(UsageError, match=r"exists and is no export \(thesis\.tex\)"):
+        export(make(), folder, {"steps": 3})
+    assert json.loads((folder / "config.json").read_text())["selfsight"]["steps"] == 2
+    (folder / "thesis.tex").unlink()
+    for odd in ("{}", "[]", "{", '{"selfsight": {}}'):  # somebody else's config.json
+        (folder / "config.json").write_text(odd)
+        with pytest.raises(UsageError, match="exists and is no export"):
+            export(make(), folder, {})
+    for name in ("config.json", "model.safetensors", "manifest.json", "README.md"):
+        (folder / name).unlink()
+    export(make(), folder, {})  # an empty folder
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="exists and is no export"):
+        export(make(), tmp_path / "file", {})
+
+
+def test_an_export_says_nothing_of_a_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked_export: None
+) -> None:
+    from selfsight.eval.leaks import pretraining_of
+
+    home = "/home/rosalind"
+    monkeypatch.setenv("HOME", home)
+    data = [f"{home}/shards", f"x{home}/y", f"{home}2/z", "shards/mine"]
+    recipe = {"run_dir": f"{home}/runs/mine", "data": {"train": data}, "objective": {"name": "mae"}}
+    export(make(), tmp_path / "enc", {"recipe": recipe, "notes": [f"from {home}/runs/old"]})
+    ours = json.loads((tmp_path / "enc" / "config.json").read_text())["selfsight"]
+    assert ours["recipe"]["run_dir"] == "mine"
+    assert ours["notes"] == ["from ~/runs/old"]
+    # what is looked for when a score may have leaked: data's SPEC takes ~
+    assert pretraining_of(tmp_path / "enc") == [["~/shards", f"x{home}/y", f"{home}2/z", "shards/mine"]]
+    assert f"{home}/" not in (tmp_path / "enc" / "README.md").read_text().replace(f"x{home}/y", "")
 
 
 @torch.no_grad()
@@ -322,3 +379,9 @@ def test_what_is_not_a_number_is_not_exported(tmp_path: Path, clean_process: Non
     with pytest.raises(StorageError, match="differ from the live encoder's by nan"):
         export(encoder, tmp_path / "enc", {"format": "nonsense"})
     assert os.listdir(tmp_path) == []
+
+
+def test_the_name_of_the_package_is_the_function() -> None:
+    import selfsight
+
+    assert selfsight.export is export and selfsight.load_encoder is load_encoder

@@ -26,7 +26,7 @@ from selfsight.data.placer import Batch
 from selfsight.data.views import View
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
-from selfsight.export import load_encoder
+from selfsight.loading import load_encoder
 from selfsight.objectives import OBJECTIVES, build_objective, config_type, load_plugin, parse_objective
 from selfsight.objectives.base import Objective
 from selfsight.objectives.configs import DINOConfig, MAEConfig, ObjectiveConfig, VICRegConfig
@@ -207,7 +207,7 @@ def test_an_objective_from_elsewhere_trains(
     module: Module, small_fields: Fields, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The example: `selfsight pretrain RECIPE --plugin bright --objective.name brightness --objective.scale 0.5`."""
-    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
     module("bright", PLUGIN)
     del small_fields["objective.decoder_width"]
     run = Path(small_fields["run_dir"])

@@ -67,7 +67,7 @@ def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"encoder.width": 16, "encoder.depth": 1, "train.epochs": None, "train.steps": 6, "train.batch_size": 8}
     often = {"train.log_every": 1, "train.workers": 0, "objective.parts.agree.objective.expander_width": 16}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+        patch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
         pretrain("digits/joint", sets | small | often | {"run_dir": str(folder)})
     return folder
 

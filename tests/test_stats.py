@@ -25,7 +25,7 @@ from selfsight.data.placer import normalize
 from selfsight.data.shards import Shards
 from selfsight.data.stats import fill_in, read_stats, unit_line
 from selfsight.errors import DataError, UsageError
-from selfsight.export import load_encoder
+from selfsight.loading import load_encoder
 from selfsight.recipe import DataConfig, load
 from selfsight.train import pretrain
 

@@ -205,7 +205,7 @@ def test_lists_of_fewer_classes_are_padded() -> None:
 def test_embed_from_the_command_line(
     encoder: Encoder, tmp_path: Path, unchecked_export: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from selfsight.export import export
+    from selfsight.exports.export import export
 
     export(encoder, tmp_path / "enc", {})
     for spec in SETS:

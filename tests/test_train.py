@@ -23,7 +23,7 @@ from selfsight.assemble import Parts, assemble
 from selfsight.collapse import LIMITS, Limits
 from selfsight.encoder import build_encoder
 from selfsight.errors import DataError, NumericError, Stopped, UsageError
-from selfsight.export import load_encoder
+from selfsight.loading import load_encoder
 from selfsight.metrics import TIMING, Meter
 from selfsight.objectives.mae import MAE
 from selfsight.processes import StopRequest, join

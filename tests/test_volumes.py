@@ -28,7 +28,7 @@ from selfsight.data.index import build_index
 from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, build_encoder, patchify, preprocessing_of, take, unpatchify
 from selfsight.errors import UsageError
-from selfsight.export import load_encoder
+from selfsight.loading import load_encoder
 from selfsight.objectives import build_objective, parse_objective
 from selfsight.objectives.base import Objective
 from selfsight.objectives.mae import MAE

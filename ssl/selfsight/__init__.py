@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from selfsight.encoder import Encoder
     from selfsight.eval.embed import embed
     from selfsight.eval.evaluate import evaluate
-    from selfsight.export import export, load_encoder
+    from selfsight.exports.export import export
     from selfsight.finish import report_again
+    from selfsight.loading import load_encoder
     from selfsight.recipe import Recipe
     from selfsight.train import pretrain
 
@@ -40,8 +41,8 @@ _HOMES = {
     "compare": "selfsight.comparison",
     "embed": "selfsight.eval.embed",
     "evaluate": "selfsight.eval.evaluate",
-    "export": "selfsight.export",
-    "load_encoder": "selfsight.export",
+    "export": "selfsight.exports.export",
+    "load_encoder": "selfsight.loading",
     "pretrain": "selfsight.train",
     "report_again": "selfsight.finish",
 }

@@ -204,8 +204,10 @@ def encoder_tensors(saved: Checkpoint, weights: str | None = None) -> Tensors:
         weights: "student" for the one that was trained, "teacher" for its running average.
 
     Raises:
-        UsageError: no teacher.
+        UsageError: no teacher, or neither of the two.
     """
+    if weights not in (None, "student", "teacher"):
+        raise UsageError(f"weights {weights!r}: there are student and teacher; None is the one that is scored")
     scored = saved.state.get("scored", "encoder")
     if weights == "teacher" and "ema" not in saved.tensors and scored == "encoder":
         raise UsageError(f"step {saved.state['step']}: has no teacher and no running average; leave --weights out")

@@ -194,7 +194,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--image-size", type=_count, metavar="N", help="resample position embeddings for images of this size"
     )
     one.add_argument(
-        "--license", default="unknown", metavar="SPDX", help="of the weights, for the card (default: unknown)"
+        "--license",
+        default="unknown",
+        metavar="SPDX",
+        help="of the weights, for the card (default: that of an export that is exported again, or unknown)",
     )
     one.add_argument(
         "--push", metavar="USER/NAME", help="publish the folder as a new repository of the Hugging Face hub"

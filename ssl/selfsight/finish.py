@@ -12,8 +12,8 @@ from selfsight.assemble import Parts, assemble, libraries
 from selfsight.errors import Stopped, UsageError
 from selfsight.eval.evaluate import evaluate
 from selfsight.eval.ranks import ALONE, Ranks
-from selfsight.export import export, timm_line, write_card_again
-from selfsight.exports.card import facts_of, hardware_of
+from selfsight.exports.card import facts_of, hardware_of, weights_of
+from selfsight.exports.export import export, timm_line, write_card_again
 from selfsight.faults import faultpoint
 from selfsight.quarantine import replaced
 from selfsight.recipe import load
@@ -60,6 +60,7 @@ def _finish(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> d
     scores: dict[str, Any] = {"scores": []}
     if ranks.told(bool(recipe.eval.train and recipe.eval.test)):
         scores = _scores(parts, device, workers, ranks)
+    scores["weights"] = weights_of(folder / "encoder")
     if told := replaced(folder):
         console.say(f"warning: {told} ({folder / 'quarantine.jsonl'})")
     _report(parts, scores, device)

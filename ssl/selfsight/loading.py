@@ -87,7 +87,7 @@ def _from_export(path: Path) -> Encoder:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path}: config.json is neither selfsight's nor timm's") from None
     stored = read_export(path)
-    _refuse_bomb(config, made, stored.backbone | stored.own, path)
+    refuse_bomb(config, made, stored.backbone | stored.own, path)
     encoder = build_encoder(config, made, seed=0)
     wanted = {name: table.shape for name, table in encoder.named_parameters() if name in PLANE_TABLES}
     if wanted != {name: table.shape for name, table in stored.own.items()}:
@@ -122,7 +122,7 @@ def _as_preprocessing(fields: dict[str, Any], path: Path) -> Preprocessing:
     return made
 
 
-def _refuse_bomb(config: EncoderConfig, made: Preprocessing, stored: dict[str, Tensor], path: Path) -> None:
+def refuse_bomb(config: EncoderConfig, made: Preprocessing, stored: dict[str, Tensor], path: Path | str) -> None:
     """Look at the described encoder before memory is taken for it: it must fit the tensors that lie beside it.
 
     Raises:
@@ -152,7 +152,7 @@ def _from_checkpoint(path: Path, weights: str | None = None) -> Encoder:
         made = preprocessing_of(DataConfig.model_validate(recipe["data"]), config)
     except (ValueError, KeyError, TypeError):
         raise StorageError(f"{path}: its recipe describes no encoder; it is no checkpoint of selfsight's") from None
-    _refuse_bomb(config, made, tensors, path)
+    refuse_bomb(config, made, tensors, path)
     encoder = build_encoder(config, made, seed=0)
     try:
         encoder.load_state_dict(tensors, strict=True)
@@ -195,7 +195,7 @@ def _as_timm(architecture: str, known: dict[str, Any], arguments: dict[str, Any]
     statistics = tuple(known["mean"]), tuple(known["std"])
     made = Preprocessing(config.image_size, channels, *statistics, interpolation, known["crop_pct"])
     if is_file(Path(weights)):
-        _refuse_bomb(config, made, read_tensors(Path(weights)), Path(weights))
+        refuse_bomb(config, made, read_tensors(Path(weights)), Path(weights))
     encoder = build_encoder(config, made, seed=0)
     load_weights(encoder, weights, config.name)
     return encoder.eval()

@@ -4,6 +4,7 @@ A signed URL keeps its scheme, host and path, which say where it is; user, passw
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 HIDDEN = "***"
@@ -49,6 +50,19 @@ def redact_tree(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redact_tree(inner) for inner in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def without_home(value: Any) -> Any:
+    """A home folder as `~`, which whoever loads data understands, and a run's folder by its name alone."""
+    if isinstance(value, dict):
+        named = {key: Path(inner).name for key, inner in value.items() if key == "run_dir" and isinstance(inner, str)}
+        return {key: without_home(inner) for key, inner in value.items()} | named
+    if isinstance(value, list | tuple):
+        return [without_home(inner) for inner in value]
+    home = str(Path.home())
+    if isinstance(value, str) and len(home) > 1:
+        return re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", value)
+    return value
 
 
 def _plain_url(match: re.Match[str]) -> str:

@@ -19,7 +19,7 @@ from selfsight.curves import Chart, charts, numbers
 from selfsight.details import confusion, detail_charts
 from selfsight.errors import SelfsightError, Stopped, UsageError
 from selfsight.eval.tables import difference_lines
-from selfsight.export import timm_line
+from selfsight.exports.export import timm_line
 from selfsight.maps import attention_strips, token_strips
 from selfsight.neighbours import Neighbours, agreement, bank_of, legend, map_charts, neighbours
 from selfsight.pictures import Strip, training_pictures

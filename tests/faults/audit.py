@@ -181,7 +181,7 @@ def provoke(audit: Audit, folder: Path, outside: Path) -> dict[str, list[str]]:
 
 def allowed(words: list[str]) -> bool:
     """The two processes that the product starts by itself: timm's look at an export, and the reader of foreign weights."""
-    from selfsight.export import _CLEAN
+    from selfsight.exports.export import _CLEAN
     from selfsight.import_weights import _READER
 
     isolated = words[:2] == [sys.executable, "-I"]
@@ -194,7 +194,7 @@ SECRET = "hunter2"
 def use(folder: Path) -> list[str]:
     """A run, its resume, and a reading of everything that it left; the answer is what showed the secret in its folder's name."""
     from selfsight import checkpoint
-    from selfsight.export import load_encoder
+    from selfsight.loading import load_encoder
     from selfsight.weights import load_weights
 
     run = folder / f"run-token={SECRET}"
@@ -236,7 +236,7 @@ def main(folder: Path) -> dict[str, Any]:
     """Everything that is watched, in one process."""
     import corpus
 
-    from selfsight import export
+    from selfsight.exports import export
 
     for name in ("home", "outside"):
         (folder / name).mkdir()

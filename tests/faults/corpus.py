@@ -27,7 +27,8 @@ from selfsight import checkpoint, cli, foreign
 from selfsight.data.index import HEADER, MAGIC, RECORD, _header_crc, index_path
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import DataError, SelfsightError
-from selfsight.export import _write, load_encoder, seal
+from selfsight.exports.export import _write, seal
+from selfsight.loading import load_encoder
 from selfsight.objectives.configs import DistillConfig
 from selfsight.objectives.teacher import StoredTeacher
 from selfsight.recipe import DataConfig, EncoderConfig

@@ -18,7 +18,8 @@ from selfsight.data.build import write_shards
 from selfsight.data.shards import Shards
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import SelfsightError
-from selfsight.export import _write, load_encoder, seal
+from selfsight.exports.export import _write, seal
+from selfsight.loading import load_encoder
 from selfsight.recipe import DataConfig, EncoderConfig
 
 SAMPLES = 4

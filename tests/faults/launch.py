@@ -157,11 +157,10 @@ def serve(checked: bool) -> None:
     import torch
 
     torch.set_num_threads(1)  # before the first operation: a fork does not copy threads
-    import selfsight.export
-    import selfsight.train
+    from selfsight.exports import export
 
     if not checked:
-        selfsight.export.verify_export = lambda encoder, folder: 0.0
+        export.verify_export = lambda encoder, folder: 0.0
     pids: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)

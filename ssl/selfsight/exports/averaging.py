@@ -15,7 +15,7 @@ from torch import Tensor
 from selfsight import checkpoint
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
-from selfsight.loading import load_encoder
+from selfsight.exports.origin import export_in, name_of
 from selfsight.run_folder import differences
 
 MAX_NAMED = 6
@@ -30,61 +30,72 @@ class Soup(NamedTuple):
     notes: tuple[str, ...]
 
 
-def uniform(encoders: Sequence[Encoder], names: Sequence[str]) -> Soup:
-    """The mean of every weight, in float64; whole numbers and flags are the first one's.
+Load = Callable[[str], Encoder]
+
+
+def uniform(names: Sequence[str], load: Load) -> Soup:
+    """The mean of every weight, in float64; whole numbers and flags are the first one's. One encoder is held at a time.
 
     Raises:
         UsageError: encoders of different architectures or inputs; what differs is named.
     """
-    require_same(encoders, names)
-    return Soup(_mean(encoders), tuple(names), (f"weights: the mean of {len(names)}: {', '.join(names)}",))
+    first = require_same(names, load)
+    total = _added({}, first)
+    for name in names[1:]:
+        total = _added(total, load(name))
+    return Soup(_mean(first, total, len(names)), tuple(names), (f"weights: the mean of {len(names)}: {_told(names)}",))
 
 
-def greedy(encoders: Sequence[Encoder], names: Sequence[str], score: Callable[[Encoder], float]) -> Soup:
+def greedy(names: Sequence[str], load: Load, score: Callable[[Encoder], float]) -> Soup:
     """From the best on, each is added that does not lower the score of the average (the paper's recipe 1).
 
     Args:
+        load: gives the encoder of a name, each time it is asked; few are held at a time.
         score: larger is better; on held-out training data, never on test.
 
     Raises:
         UsageError: as `uniform`.
     """
-    require_same(encoders, names)
-    alone = [score(encoder) for encoder in encoders]
-    order = sorted(range(len(encoders)), key=lambda i: -alone[i])  # of equals the first given
-    taken, best = [order[0]], alone[order[0]]
-    for i in order[1:]:
-        reached = score(_mean([encoders[j] for j in [*taken, i]]))
-        if reached >= best:
-            taken, best = [*taken, i], reached
+    require_same(names, load)
+    alone = [score(load(name)) for name in names]
+    best, *rest = sorted(range(len(names)), key=lambda i: -alone[i])  # of equals the first given
+    first, taken, reached = load(names[best]), [best], alone[best]
+    total = _added({}, first)
+    for i in rest:
+        tried = _added(total, load(names[i]))
+        found = score(_mean(first, tried, len(taken) + 1))
+        if found >= reached:
+            total, taken, reached = tried, [*taken, i], found
     chosen = tuple(names[i] for i in taken)
-    told = f"weights: greedy soup of {len(taken)} of {len(names)}: {', '.join(chosen)}; held-out kNN {best:.2f} (best alone {max(alone):.2f})"
-    return Soup(_mean([encoders[i] for i in taken]), chosen, (told,))
+    told = f"weights: greedy soup of {len(taken)} of {len(names)}: {_told(chosen)}; held-out kNN {reached:.2f} (best alone {max(alone):.2f})"
+    return Soup(_mean(first, total, len(taken)), chosen, (told,))
 
 
-def require_same(encoders: Sequence[Encoder], names: Sequence[str]) -> None:
-    """Raise UsageError unless all have the same tensors, in the same shapes, of the same inputs."""
-    if len(encoders) < 2:
+def require_same(names: Sequence[str], load: Load) -> Encoder:
+    """The first; raises UsageError unless all have the same tensors, in the same shapes, of the same inputs."""
+    if len(names) < 2:
         raise UsageError(f"--average: {', '.join(names) or 'nothing'}: needs two at least")
-    first = _shapes(encoders[0])
-    for other, name in zip(encoders[1:], names[1:], strict=True):
-        shapes = _shapes(other)
-        odd = sorted(n for n in {*first, *shapes} if first.get(n) != shapes.get(n))
+    first = load(names[0])
+    for name in names[1:]:
+        other = load(name)
+        mine, shapes = _shapes(first), _shapes(other)
+        odd = sorted(n for n in {*mine, *shapes} if mine.get(n) != shapes.get(n))
         if odd:
             told = f"{', '.join(odd[:MAX_NAMED])}{f' and {len(odd) - MAX_NAMED} more' if odd[MAX_NAMED:] else ''}"
             raise UsageError(
                 f"--average: {name} is of another architecture than {names[0]}; tensors that differ: {told}"
             )
-        inputs = differences(_inputs(encoders[0]), _inputs(other))
+        inputs = differences(_inputs(first), _inputs(other))
         if inputs:
             raise UsageError(f"--average: {name} is not like {names[0]}: {'; '.join(inputs.values())}")
+    return first
 
 
 def held_out_knn(spec: Sequence[str] | str, device: torch.device, workers: int = 0) -> Callable[[Encoder], float]:
     """A score for `greedy`: kNN accuracy (percent) on the held-out tenth of a labelled training set, with the smallest k.
 
     Raises:
-        UsageError: unlabelled samples, one class, or too few samples.
+        UsageError: unlabelled samples, lists of labels, one class, or too few samples.
     """
     from selfsight.data.shards import Shards
     from selfsight.eval.features import extract, groups_of, labels_of
@@ -93,6 +104,11 @@ def held_out_knn(spec: Sequence[str] | str, device: torch.device, workers: int =
     shards = Shards(spec)
     ids = np.arange(len(shards))
     labels = labels_of(shards, ids)
+    if labels.ndim == 2:
+        raise UsageError(
+            f"--average greedy: {shards.spec} has lists of labels, and the accuracy that it chooses by takes one of each image; "
+            "give --labels SPEC of such, or --average uniform"
+        )
     dense = dense_labels(labels, labels)[0]
     fit, choose = held_out(len(ids), groups=groups_of(shards, ids))
     k = usable_k(DEFAULT_K, len(fit))[0]
@@ -109,10 +125,10 @@ def sources(source: str, words: Sequence[str]) -> list[str]:
     """What `--average METHOD WORDS` averages: SOURCE and these; without any, or for a number N, the last N checkpoints of the run.
 
     Raises:
-        UsageError: a run without as many checkpoints that verify.
+        UsageError: a run without as many checkpoints, or one source twice.
     """
     if words and not (len(words) == 1 and words[0].isdigit()):
-        return [source, *words]
+        return _all_different([source, *words])
     folder = Path(source) / "checkpoints"
     steps = checkpoint.steps(folder) if folder.is_dir() else []
     count = int(words[0]) if words else len(steps)
@@ -123,24 +139,33 @@ def sources(source: str, words: Sequence[str]) -> list[str]:
     return [str(folder / f"step-{step:08d}") for step in steps[-count:]]
 
 
-def load_all(names: Sequence[str], weights: str | None = None) -> list[Encoder]:
-    """All of them, in the order of their names."""
-    return [load_encoder(name, weights) for name in names]
+def _all_different(names: list[str]) -> list[str]:
+    seen: dict[Path, str] = {}
+    for name in names:
+        where = export_in(Path(name).resolve())
+        if where in seen:
+            raise UsageError(f"--average: {name} is {seen[where]}, which would count twice")
+        seen[where] = name
+    return names
 
 
-@torch.no_grad()
-def _mean(encoders: Sequence[Encoder]) -> Encoder:
-    made = deepcopy(encoders[0]).cpu()
-    states = [encoder.state_dict() for encoder in encoders]
-    mixed: dict[str, Tensor] = {}
-    for name, first in made.state_dict().items():
-        if first.is_floating_point():
-            total = sum((state[name].cpu().double() for state in states), torch.zeros(first.shape, dtype=torch.float64))
-            mixed[name] = (total / len(states)).to(first.dtype)
-        else:
-            mixed[name] = first
-    made.load_state_dict(mixed, strict=True)
+def _added(total: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """A sum of weights, in float64 on the CPU, with those of one more."""
+    state = {n: tensor for n, tensor in encoder.state_dict().items() if tensor.is_floating_point()}
+    return {n: tensor.cpu().double() + total.get(n, 0) for n, tensor in state.items()}
+
+
+def _mean(first: Encoder, total: dict[str, Tensor], count: int) -> Encoder:
+    """A copy of the first with this sum by so many as its weights."""
+    made = deepcopy(first).cpu()
+    state = made.state_dict()
+    mixed = {name: (tensor / count).to(state[name].dtype) for name, tensor in total.items()}
+    made.load_state_dict(state | mixed, strict=True)
     return made
+
+
+def _told(names: Sequence[str]) -> str:
+    return ", ".join(map(name_of, names))
 
 
 def _shapes(encoder: Encoder) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +11,13 @@ import jinja2
 import torch
 import yaml
 
-from selfsight import __version__
+from selfsight import __version__, checkpoint
+from selfsight.cost import hours_text, spent_before
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.redact import redact
-from selfsight.run_folder import read_lines, write_atomically
+from selfsight.run_folder import write_atomically
+from selfsight.score_tables import Score, scores_of
 
 CARD = "README.md"
 LIBRARY = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "torch": "pytorch"}
@@ -29,7 +32,7 @@ class Facts(NamedTuple):
     scores: tuple[dict[str, Any], ...] = ()
     """Rows of scores.json: the encoder's and the floors'."""
     hours: float | None = None
-    """That the training took, without pauses between its parts."""
+    """Device-hours that the training took, of all ranks and restarts."""
     notes: tuple[str, ...] = ()
     """What was done to the weights on the way here, line by line."""
 
@@ -51,30 +54,27 @@ def license_of(text: str) -> str:
 
 
 def facts_of(run: Path, **more: Any) -> Facts:
-    """What a run's folder tells: scores.json, and hours from metrics.jsonl; of a folder that is no run nothing."""
-    scores: Any = ()
+    """What a run's folder tells: scores.json of the weights in its encoder/, and hours; of a folder that is no run nothing."""
+    facts = Facts(hours=_hours(run), **more)
     try:
-        scores = tuple(dict(row) for row in json.loads((run / "scores.json").read_text())["scores"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        scores = ()  # not scored, or not readable: a card without scores says so
-    return Facts(scores=scores, hours=_hours(run), **more)
+        found = json.loads((run / "scores.json").read_text())
+        rows = tuple(dict(row) for row in found["scores"])
+        if rows and found.get("weights") != weights_of(run / "encoder"):
+            return facts._replace(notes=(*facts.notes, "the run's scores are of other weights than its encoder has"))
+        return facts._replace(scores=rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return facts  # not scored, or not readable: a card without scores says so
+
+
+def weights_of(folder: Path) -> str:
+    """SHA-256 of an export's weights, as its manifest says: which weights a score is of."""
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    return str(manifest["model.safetensors"]["sha256"])
 
 
 def _hours(run: Path) -> float | None:
-    """From the speeds that were logged, each holding since the line before it."""
-    batch, spent, step = _batch_size(run), 0.0, 0
-    for line in read_lines(run / "metrics.jsonl"):
-        rate, now = line.get("images_per_second"), line.get("step")
-        if isinstance(rate, int | float) and isinstance(now, int) and rate > 0 and now > step:
-            spent, step = spent + (now - step) * batch / rate, now
-    return spent / 3600 if batch and step else None
-
-
-def _batch_size(run: Path) -> int:
-    try:
-        return int(yaml.safe_load((run / "recipe.yaml").read_text())["train"]["batch_size"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return 0
+    hours = spent_before(run / "metrics.jsonl").hours
+    return None if isnan(hours) or not hours else hours
 
 
 def write_card(folder: Path, encoder: Encoder, ours: dict[str, Any], code: str, facts: Facts) -> None:
@@ -86,28 +86,40 @@ def write_card(folder: Path, encoder: Encoder, ours: dict[str, Any], code: str, 
         lstrip_blocks=True,
         autoescape=False,  # Markdown, from the recipe's owner
     )
+    environment.filters["plain"] = _plain
     recipe = ours.get("recipe")
-    known = dict.fromkeys(("version", "source", "data", "steps", "weights", "hardware", "libraries"))
+    told = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else ""
+    scores = scores_of({"scores": facts.scores})
+    libraries = ours.get("libraries")
+    hours = facts.hours or ours.get("device_hours")
+    known = dict.fromkeys(("version", "source", "data", "steps", "weights", "hardware"))
     page = environment.get_template("card.md.j2").render(
         ours=known | ours,
-        license=license_of(facts.license),
+        license=license_of(str(ours.get("license", "unknown")) if facts.license == "unknown" else facts.license),
         library=LIBRARY[ours["format"]],
         title=encoder.config.name,
         objective=_objective(recipe),
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip() if recipe else None,
+        recipe=told,
+        fence="`" * (1 + max(2, *map(len, re.findall("`+", told)), 0)),  # which the recipe must not close
         parameters=sum(p.numel() for p in encoder.parameters()) / 1e6,
         made=encoder.preprocessing,
         shape=", ".join(map(str, encoder.preprocessing.shape)),
         width=encoder.feature_width,
         code=code,
-        rows=[_row(score) for score in facts.scores],
-        protocols=list(dict.fromkeys(f"{s['protocol']}" for s in facts.scores if "protocol" in s and not _floor(s))),
-        samples=next((s["samples"] for s in facts.scores if "samples" in s), None),
-        hours=facts.hours,
+        rows=[_row(score) for score in scores],
+        protocols=list(dict.fromkeys(score.protocol for score in scores if score.protocol and not score.floor)),
+        samples=next((score.samples for score in scores if score.samples), None),
+        hours=hours_text(hours) if isinstance(hours, int | float) else None,
+        libraries=libraries if isinstance(libraries, dict) else {},
         notes=[*ours.get("notes", []), *facts.notes],
         version=__version__,
     )
     write_atomically(folder / CARD, redact(page))
+
+
+def _plain(text: object) -> str:
+    """Text that stays on its line, in its cell and in its code span."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("`", "'")
 
 
 def _objective(recipe: Any) -> str | None:
@@ -115,20 +127,7 @@ def _objective(recipe: Any) -> str | None:
     return objective.get("name") if isinstance(objective, dict) else None
 
 
-def _floor(score: dict[str, Any]) -> bool:
-    return score.get("encoder") in ("random-init", "pixels", "majority")
-
-
-def _row(score: dict[str, Any]) -> dict[str, str]:
-    """A line of the table; a value that is no number is left as it is."""
-    value, std, n = score.get("value"), score.get("std"), score.get("n")
-    told = f"{value:.1f}{score.get('unit', '%')}" if isinstance(value, int | float) else str(value)
-    told += f" ± {std:.1f} (n={n})" if isinstance(std, int | float) and isinstance(n, int) and n > 1 else ""
-    test = score.get("test", "")
-    return {
-        "encoder": str(score.get("encoder", "")),
-        "evaluator": str(score.get("evaluator", "")),
-        "metric": str(score.get("metric", "accuracy")),
-        "test": test if isinstance(test, str) else ", ".join(map(str, test)),
-        "value": told,
-    }
+def _row(score: Score) -> list[str]:
+    """A line of the table."""
+    value = f"{score.shown}{'%' * (score.unit == '%')} {score.deviation}".strip()
+    return [score.encoder, score.evaluator, score.metric, score.test, value, ", ".join(score.spread)]

@@ -22,6 +22,14 @@ def require_name(name: str) -> str:
     return name
 
 
+def require_token(name: str, api: Any = None) -> None:
+    """Raise UsageError where nobody is logged in."""
+    from huggingface_hub import HfApi, get_token
+
+    if not ((api or HfApi()).token or get_token()):
+        raise UsageError(f"--push {name}: no token; run `hf auth login`, or set HF_TOKEN")
+
+
 def push(folder: Path, name: str, private: bool = False, api: Any = None) -> str:
     """Create the repository and upload the folder; the answer is its address.
 
@@ -34,13 +42,12 @@ def push(folder: Path, name: str, private: bool = False, api: Any = None) -> str
         UsageError: no token, a token that is refused, or a repository that exists.
         StorageError: no network, or an upload that ended.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     require_name(name)
     api = api or HfApi()
-    if not (api.token or get_token()):
-        raise UsageError(f"--push {name}: no token; run `hf auth login`, or set HF_TOKEN")
+    require_token(name, api)
     created = False
     try:
         address = str(api.create_repo(name, private=private, exist_ok=False))

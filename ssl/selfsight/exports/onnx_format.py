@@ -32,6 +32,8 @@ def _write(encoder: Encoder, folder: Path, ours: dict[str, Any], dtype: torch.dt
     assert program is not None
     told = {**ours["preprocessing"], "pool": encoder.pool, "selfsight": ours.get("version", "")}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in told.items()})
+    for node in program.model.graph.all_nodes():  # stack traces, with this machine's paths
+        node.metadata_props.clear()
     program.save(folder / FILE, external_data=size > MOST_IN_ONE_FILE)
     write_config(folder, {"selfsight": ours | {"opset": OPSET}})
 

@@ -14,7 +14,7 @@ _OWN = (
     "encoder",
     "preprocessing",
     "opset",
-    "notes",
+    "scores",
 )  # of one export, and not of its weights
 
 
@@ -31,32 +31,55 @@ def provenance_of(source: str, from_checkpoint: bool = False) -> dict[str, Any]:
 
 
 def _recorded(path: Path, from_checkpoint: bool) -> dict[str, Any]:
-    folder = path / "encoder" if is_file(path / "encoder" / "config.json") else path
-    if is_file(folder / "config.json") and not from_checkpoint:
+    folder = export_in(path)
+    state = path if is_file(path / "state.json") else _newest(path / "checkpoints")
+    if is_file(folder / "config.json") and not (from_checkpoint and state):
         ours = read_config(folder).get("selfsight")
         told = ours if isinstance(ours, dict) else {}
         return {key: value for key, value in told.items() if key not in _OWN}
-    if not is_file(path / "state.json"):
-        newest = checkpoint.newest(path / "checkpoints")[0] if (path / "checkpoints").is_dir() else None
-        if newest is None:
-            return {}
-        path = newest
-    state = checkpoint.load(path).state
-    told = {"steps": state["step"], "recipe": state.get("recipe"), "version": state.get("version")}
-    data = state.get("fingerprint", {}).get("data", {}).get("train")
-    return {key: value for key, value in (told | {"data": data, "libraries": state.get("libraries")}).items() if value}
+    if state is None:
+        return {}
+    saved = checkpoint.load(state).state
+    told = {"steps": saved["step"], "recipe": saved.get("recipe"), "version": saved.get("version")}
+    data = saved.get("fingerprint", {}).get("data", {}).get("train")
+    return {key: value for key, value in (told | {"data": data, "libraries": saved.get("libraries")}).items() if value}
 
 
-def run_facts(source: str, license: str, notes: tuple[str, ...], same: bool) -> Facts:
-    """Scores and hours of the run that `source` is, or is the encoder of.
+def _newest(folder: Path) -> Path | None:
+    return checkpoint.newest(folder)[0] if folder.is_dir() else None
+
+
+def export_in(path: Path) -> Path:
+    """The export that a folder is, or that it holds if it is a run."""
+    return path / "encoder" if is_file(path / "encoder" / "config.json") else path
+
+
+def run_facts(source: str, license: str, same: bool) -> Facts:
+    """Scores and hours of the run that `source` is, or is the encoder of; of another export those in its config.json.
 
     Args:
         same: whether the weights that are exported are those that were scored.
     """
-    path = Path(source)
-    run = path.parent if path.name == "encoder" and is_file(path / "config.json") else path
-    facts = facts_of(run, license=license, notes=notes)
+    folder = export_in(Path(source))
+    facts = facts_of(folder.parent if folder.name == "encoder" else Path(source), license=license)
+    if not facts.scores and is_file(folder / checkpoint.MANIFEST):  # which holds scores and weights together
+        facts = facts._replace(scores=_rows(folder))
     if facts.scores and not same:
         told = "the run's scores are of the encoder that it exported, which these weights are not: score them anew"
-        return facts._replace(scores=(), notes=(*notes, told))
+        return facts._replace(scores=(), notes=(*facts.notes, told))
     return facts
+
+
+def _rows(folder: Path) -> tuple[dict[str, Any], ...]:
+    try:
+        return tuple(dict(row) for row in read_config(folder)["selfsight"]["scores"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ()
+
+
+def name_of(source: str) -> str:
+    """A source as it is told: of a path the end, which says nothing about a machine."""
+    path = Path(source)
+    if path.parent.name == "checkpoints":
+        return "/".join(path.parts[-3:])
+    return path.resolve().parent.name if path.name == "encoder" else path.resolve().name

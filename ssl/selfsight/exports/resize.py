@@ -4,6 +4,7 @@ from pydantic import ValidationError
 
 from selfsight.encoder import PLANE_TABLES, Encoder, build_encoder
 from selfsight.errors import UsageError
+from selfsight.loading import refuse_bomb
 from selfsight.recipe import EncoderConfig
 from selfsight.section import explain
 from selfsight.weights import Source, adopt
@@ -20,7 +21,9 @@ def resized(encoder: Encoder, size: int) -> tuple[Encoder, tuple[str, ...]]:
         config = EncoderConfig.model_validate(encoder.config.model_dump() | {"image_size": size})
     except ValidationError as error:
         raise UsageError(f"--image-size: {'; '.join(explain(error, 'encoder.', EncoderConfig))}") from None
-    made = build_encoder(config, encoder.preprocessing._replace(image_size=size), seed=0)
+    inputs = encoder.preprocessing._replace(image_size=size)
+    refuse_bomb(config, inputs, encoder.state_dict(), f"--image-size {size}")
+    made = build_encoder(config, inputs, seed=0)
     own = {name: table.data for name, table in encoder.named_parameters() if name in PLANE_TABLES}
     source = Source(encoder.backbone.state_dict(), own, config.tube)
     lines = adopt(made, source, f"the encoder of {old} pixels")[1:]

@@ -27,6 +27,8 @@ def trace(encoder: Encoder) -> torch.export.ExportedProgram:
 def _write(encoder: Encoder, folder: Path, ours: dict[str, Any], dtype: torch.dtype) -> None:
     program = trace(encoder)
     program.example_inputs = None  # they are all that torch would pickle
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with this machine's paths
     torch.export.save(program, folder / FILE, extra_files={"selfsight.json": json.dumps(ours["preprocessing"])})
     if pickled := pickles_in(folder / FILE):
         raise StorageError(

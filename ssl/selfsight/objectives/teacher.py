@@ -101,7 +101,7 @@ def load_teacher(config: DistillConfig, made: Preprocessing) -> Teacher:
     Raises:
         UsageError: nothing of the kind, no classifier where one is needed, other channels, or patch tokens without a grid.
     """
-    from selfsight.export import load_encoder
+    from selfsight.loading import load_encoder
 
     shipped = packaged() / config.teacher
     source = str(shipped) if not Path(config.teacher).exists() and shipped.is_dir() else config.teacher

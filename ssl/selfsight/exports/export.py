@@ -1,12 +1,11 @@
 """Encoders leave as files that others load without us: written, checked in a clean process, and only then there."""
 
 import json
+import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,16 +16,16 @@ from selfsight import checkpoint
 from selfsight.encoder import Encoder
 from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.exports import clean
-from selfsight.exports.card import Facts, license_of, write_card
+from selfsight.exports.card import CARD, Facts, license_of, write_card
 from selfsight.exports.format import HALVES, SIZES
 from selfsight.exports.formats import FORMATS
 from selfsight.exports.transformers_format import pool_of
 from selfsight.loading import load_encoder
-from selfsight.redact import redact_tree
+from selfsight.redact import redact_tree, without_home
 from selfsight.run_folder import sync
 from selfsight.weights import PLANES, read_config
 
-__all__ = ["export", "load_encoder", "seal", "timm_line", "verify_export"]
+__all__ = ["export", "seal", "timm_line", "verify_export"]
 HALF_TOLERANCE = {"fp16": 0.01, "bf16": 0.08}  # of the largest feature, that rounding of the weights may move one
 _CLEAN = clean.script(FORMATS["timm"].clean)
 
@@ -56,11 +55,10 @@ def export(
         StorageError: a difference above the format's tolerance, or a folder that cannot be written.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
-        raise UsageError(f"{folder}: exists and is no export; name a new folder")
+    _refuse_foreign(folder)
     _require(to, half)
     facts = facts or Facts()
-    claimed = {"license": facts.license} if license_of(facts.license) != "unknown" else {}
+    told = {**without_home(provenance or {}), **_claimed(facts)}
     draft = folder.with_name(f".draft-{folder.name}")
     with _resting(encoder):
         FORMATS[to].require(encoder)
@@ -70,7 +68,7 @@ def export(
             _put_back(folder)
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            ours = _write(encoder, draft, {**(provenance or {}), **claimed}, to, half)
+            ours = _write(encoder, draft, told, to, half)
             stored = load_encoder(draft) if half else encoder
             difference = verify_export(stored, draft) + (_lost(encoder, stored, half) if half else 0.0)
             write_card(draft, encoder, ours, FORMATS[to].code(encoder), facts)
@@ -82,6 +80,29 @@ def export(
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return difference
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise UsageError if something lies there that is not wholly an export of ours, for it would be replaced."""
+    if not os.path.lexists(folder):
+        return
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    ours: set[str] = set()
+    try:
+        if read_config(folder)["selfsight"]:
+            ours = {*json.loads((folder / checkpoint.MANIFEST).read_text()), CARD, checkpoint.MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        ours = set()
+    if strange := sorted(there - ours):
+        raise UsageError(f"{folder}: exists and is no export ({', '.join(strange[:6])}); name a new folder")
+
+
+def _claimed(facts: Facts) -> dict[str, Any]:
+    """Facts that stay with the weights when they are exported again."""
+    rows = [{key: value for key, value in row.items() if key != "detail"} for row in facts.scores]
+    license = license_of(facts.license)
+    claimed = {"license": license if license != "unknown" else None, "device_hours": facts.hours, "scores": rows}
+    return {key: value for key, value in claimed.items() if value}
 
 
 def write_card_again(encoder: Encoder, folder: Path, facts: Facts) -> None:
@@ -186,7 +207,7 @@ def seal(folder: Path) -> None:
 
     The card is not in it: people write on cards, and scores are added to it later.
     """
-    manifest = {name: entry for name, entry in checkpoint.manifest_of(folder).items() if name != "README.md"}
+    manifest = {name: entry for name, entry in checkpoint.manifest_of(folder).items() if name != CARD}
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in folder.iterdir():  # safetensors writes for the owner alone; an export is made to be given away
         path.chmod((folder / checkpoint.MANIFEST).stat().st_mode)
@@ -224,13 +245,3 @@ def timm_line(folder: Path) -> str:
     if (folder / PLANES).is_file():
         line += f'  # one plane of patches; all of it: selfsight.load_encoder("{folder.resolve()}")'
     return line
-
-
-class _Callable(ModuleType):
-    """`selfsight.export` is this module and, to who writes `ss.export(encoder, folder)`, its function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> float:
-        return export(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from selfsight.data import digits
+from selfsight.data.classes import read_names
 from selfsight.data.folders import Reading, read_folder
 from selfsight.data.index import build_index
 from selfsight.data.packing import UNCHANGED, Encoding, Sample, write_shards
@@ -178,7 +179,7 @@ def _tars_in(folder: Path) -> list[Path]:
 def names_beside(folder: Path, kinds: Sequence[str] = ("classes",)) -> dict[str, list[str]]:
     """The names of groups, and of classes, that stand beside shards."""
     files = {kind: folder / f"{kind}.json" for kind in (*kinds, "groups")}
-    return {kind: _names(file) for kind, file in files.items() if file.exists()}
+    return {kind: read_names(file) for kind, file in files.items() if file.exists()}
 
 
 def _on_disk(source: str) -> list[Path]:
@@ -202,13 +203,6 @@ def _again(shards: Shards, unlabelled: bool) -> Iterator[Sample]:
             known = np.flatnonzero(lists[i]).tolist()
         mask = shards.read_mask(i) if masked and not unlabelled else None
         yield Sample(image, known, None if group == NONE else int(group), note, mask)
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        return [str(name) for name in json.loads(path.read_text())]
-    except (ValueError, TypeError, RecursionError):
-        raise DataError(f"{path}: is no list of names; remove or repair it") from None
 
 
 def _torchvision(name: str, root: Path | None, split: str, download: bool) -> tuple[list[str], Pairs]:

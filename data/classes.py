@@ -5,25 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfsight.data.shards import Shards
-from selfsight.errors import UsageError
+from selfsight.errors import DataError, UsageError
 
 FILE = "classes.json"
 
 
-def read_classes(path: Path) -> list[str]:
-    """The names in a classes.json, or in that of a folder of shards.
+def read_names(file: Path) -> list[str]:
+    """The names in a classes.json or groups.json.
 
     Raises:
-        UsageError: it is not there, or holds something else.
+        DataError: it cannot be read, or holds something else.
     """
-    file = path / FILE if path.is_dir() else path
     try:
-        names = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
-        raise UsageError(f"{file}: no list of class names can be read there") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UsageError(f"{file}: is no list of class names")
-    return names
+        return [str(name) for name in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise DataError(f"{file}: is no list of names; remove or repair it") from None
 
 
 def class_names(shards: Shards) -> list[str] | None:
@@ -31,7 +27,7 @@ def class_names(shards: Shards) -> list[str] | None:
     folders = {path.parent for path in shards.paths if isinstance(path, Path)}
     if len(folders) != 1 or shards.remote or not (file := folders.pop() / FILE).is_file():
         return None
-    return read_classes(file)
+    return read_names(file)
 
 
 def require_same_numbers(train: Shards, test: Shards) -> None:
@@ -50,7 +46,7 @@ def require_same_numbers(train: Shards, test: Shards) -> None:
         if ours.index(theirs[label]) != label:
             raise UsageError(
                 f"{test.spec}: {theirs[label]!r} is class {label} there, but class {ours.index(theirs[label])} in {train.spec}; "
-                f"build it again with: --classes {next(iter(train.paths)).parent}"
+                f"build it again with: --classes {Path(str(train.paths[0])).parent}"
             )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from selfsight.console import say
-from selfsight.data.classes import numbered, read_classes
+from selfsight.data.classes import FILE, numbered, read_names
 from selfsight.data.decode import open_image
 from selfsight.data.formats import suffix_of
 from selfsight.data.labels import Label, find_masks, read_labels
@@ -98,7 +98,9 @@ def _classes(source: Path, wholes: list[list[Path]], how: Reading) -> tuple[list
     if min(map(len, places)) < 2:
         return [], [None] * len(wholes)
     own = [parts[0] for parts in places]
-    names = read_classes(how.classes) if how.classes else sorted(set(own))
+    names = sorted(set(own))
+    if how.classes:
+        names = read_names(how.classes / FILE if how.classes.is_dir() else how.classes)
     return names, numbered(own, names, source)
 
 

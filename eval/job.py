@@ -23,6 +23,7 @@ from selfsight.eval.stored import Stored
 from selfsight.eval.subject import Options, Subject
 from selfsight.preprocessing import Preprocessing
 
+COLLAPSED = 0.99  # mean cosine of different images
 STORED = "stored"  # the row of features that come without a model
 
 
@@ -86,6 +87,7 @@ class Job:
             self.say(f"scoring {'the pretrained encoder' if name == ONE else name}")
             self.warn_of_pretraining(name, source)
             for row, data in self._rows(name, loaded(source), self.options, self.evaluators):
+                self._warn_of_collapse(name, row)
                 self._add(data, row)
         self._score_twins(known)
         self._score_pixels(known)
@@ -124,6 +126,11 @@ class Job:
         return Subject(
             name, pool, fit, held, options, extractor.device, extractor.workers, encoder, made, shards, self.say
         )
+
+    def _warn_of_collapse(self, name: str, row: Row) -> None:
+        if row.key == ("health", "cosine") and row.score["value"] > COLLAPSED:
+            told = f"features of different images are nearly the same (cosine {row.score['value']:.3f}): collapsed, or hardly trained"
+            self.warn(told if name == ONE else f"{name}: {told}")
 
     def _score_twins(self, known: Mapping[str, Described]) -> None:
         """Untrained encoders: one floor for each different architecture, named after the first encoder that has it."""
@@ -192,7 +199,10 @@ class Job:
         """What the evaluators say; what is no number is told and left out."""
         rows = []
         for name in evaluators:
-            for outcome in EVALUATORS[name].run(subject):
+            outcomes = EVALUATORS[name].run(subject)
+            if not outcomes and subject.name == STORED:
+                self.warn(f"{name} needs images and an encoder; stored features have none, so it is left out")
+            for outcome in outcomes:
                 if all(map(isfinite, outcome.values)):
                     rows.append(row_of(name, subject.name, outcome))
                 else:

@@ -418,3 +418,11 @@ def test_names_and_lines_are_as_long_as_they_must_be() -> None:
         {"encoder": name, "dataset": "t", "protocol": line} for name, line in (("a", "k=1"), ("b", "k=1"), ("b", "C=2"))
     ]
     assert protocols(told) == ["k=1", "b, t: C=2"]
+
+
+def test_a_collapse_is_told(folder: Path) -> None:
+    encoder = made(5)
+    told = lambda: evaluate(encoder, None, str(folder / "a-test"), evaluators="health")["warnings"]  # noqa: E731
+    assert told() == []
+    encoder.backbone.patch_embed.proj.weight.data.mul_(1e-3)  # images hardly count any more
+    assert any("nearly the same (cosine 1.000)" in line for line in told())

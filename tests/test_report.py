@@ -239,7 +239,7 @@ def test_scores_are_kept_whatever_the_report_fails_of(
         raise KeyError("a slip of ours")
 
     monkeypatch.setattr("selfsight.report.bank_of", fail)
-    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
     recipe = load(tmp_path / "run" / "recipe.yaml", {"run_dir": str(tmp_path / "run")})
     pretrain(recipe)
     shown = capsys.readouterr()
@@ -259,7 +259,7 @@ def test_a_request_to_stop_is_no_reason_to_leave_something_out(
         report_again(run, run / "other.html")
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "scores.json").unlink()
-    monkeypatch.setattr("selfsight.export.verify_export", lambda encoder, folder: 0.0)
+    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
     with pytest.raises(Stopped):
         pretrain(load(tmp_path / "run" / "recipe.yaml", {"run_dir": str(tmp_path / "run")}))
     assert not (tmp_path / "run" / "scores.json").exists()

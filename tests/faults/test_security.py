@@ -17,8 +17,10 @@ import torch
 from corpus import TINY, _Payload, _torch_zip, tiny_encoder
 from safetensors.torch import load_file
 
-from selfsight import cli, console, export, foreign, import_weights
+from selfsight import cli, console, foreign, import_weights
 from selfsight.errors import DataError, StorageError, UsageError
+from selfsight.exports import export
+from selfsight.loading import load_encoder
 from selfsight.redact import redact
 from selfsight.weights import load_weights
 
@@ -241,13 +243,13 @@ def test_an_interrupted_export_leaves_the_old_one(tmp_path: Path, monkeypatch: p
             except KeyboardInterrupt:
                 pass
         if target.exists():
-            found = export.load_encoder(target).state_dict()["backbone.cls_token"]
+            found = load_encoder(target).state_dict()["backbone.cls_token"]
             assert torch.equal(found, old) or torch.equal(found, new)
             seen.append("old" if torch.equal(found, old) else "new")
         else:
             seen.append("none")
             export._put_back(target)  # as the next export does first
-            assert torch.equal(export.load_encoder(target).state_dict()["backbone.cls_token"], old)
+            assert torch.equal(load_encoder(target).state_dict()["backbone.cls_token"], old)
         if seen[-1] == "new":
             export.export(tiny_encoder(1), target, {})
     assert count[0] <= deadly

@@ -126,7 +126,7 @@ def test_test_images_among_the_others_are_seen(tmp_path: Path, found: Callable[.
 def test_memory_and_disk_are_compared_with_what_is_there(
     found: Callable[..., dict[str, Finding]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subject, "_memory", lambda device: 2**14)
+    monkeypatch.setattr(subject, "free_memory", lambda device: 2**14)
     monkeypatch.setattr(subject, "disk_usage", lambda path: type("Usage", (), {"free": 2**16}))
     seen = found(noisy(40))
     assert seen["memory"].level == "warning"
@@ -182,7 +182,7 @@ def test_slow_data_get_advice_that_fits_them(
     parts = assemble(validate(recipe_tree(Path(spec)), "test"), torch.device("cpu"))
     if not library:
         monkeypatch.setattr(jpeg, "library", lambda: None)
-    assert told.format(spec=spec) in subject._faster(parts, parts.batches())
+    assert told.format(spec=spec) in subject.faster_data(parts, parts.batches())
 
 
 def test_an_index_of_an_older_release_knows_no_duplicates(
@@ -223,7 +223,7 @@ def test_a_bad_first_sample_does_not_end_the_advice(tmp_path: Path) -> None:
     cut, *others = (jpeg_of(image) for image, _ in noisy(10, size=80))
     write_shards(((body, 0) for body in (cut[:900], *others)), tmp_path, "s")
     parts = assemble(validate(recipe_tree(tmp_path / "s-000000.tar"), "test"), torch.device("cpu"))
-    assert subject._faster(parts, parts.batches()) == "more train.workers, or shards built with --short-side"
+    assert subject.faster_data(parts, parts.batches()) == "more train.workers, or shards built with --short-side"
 
 
 def test_images_of_few_levels_and_clips_are_told(tmp_path: Path, found: Callable[..., dict[str, Finding]]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from selfsight.redact import redact
 if TYPE_CHECKING:
     from selfsight.recipe import Recipe
 
-FIELD_COMMANDS = ("pretrain", "quickstart", "teacher", "doctor")  # take recipe fields as options
+FIELD_COMMANDS = ("pretrain", "quickstart", "teacher", "doctor", "bench")  # take recipe fields as options
+FLAGS, OPTIONS = ("--help", "--json", "--synthetic", "--compile"), ("--seconds",)  # of them, which are no fields
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage or recipe error, 65 bad data, 70 not finite, 74 disk or checkpoint, "
     "75 stopped on request (run it again), 76 another rank was lost"
@@ -81,10 +83,14 @@ def split_fields(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     left = list(words)
     while left:
         word = left.pop(0)
-        if not word.startswith("--") or word in ("--help", "--json"):
+        if not word.startswith("--") or word in FLAGS:
             others.append(word)
             continue
         name, equals, value = word[2:].partition("=")
+        if f"--{name}" in OPTIONS:
+            others += [word, *left[:1]] if not equals else [word]
+            left = left if equals else left[1:]
+            continue
         if not equals:
             if not left:
                 raise UsageError(f"--{name} needs a value")
@@ -120,6 +126,18 @@ def build_parser() -> argparse.ArgumentParser:
     one.usage = "selfsight doctor RECIPE [--section.key value ...] [--plugin package.module] [--json]"
     one.add_argument("recipe", help="the recipe that is to be run, with the same fields")
     one.add_argument("--json", action="store_true", help="print a list of what was found")
+
+    one = _command(commands, "bench", _bench, "time a recipe on this machine, and the switches that may help", True)
+    one.usage = "selfsight bench RECIPE [--section.key value ...] [--plugin package.module] [--seconds N] [--synthetic] [--compile] [--json]"
+    one.add_argument(
+        "recipe", help="the recipe that is to be run, with the same fields; nothing is written into its run_dir"
+    )
+    one.add_argument(
+        "--seconds", type=_count, default=60, metavar="N", help="about so many, without compiling (default: 60)"
+    )
+    one.add_argument("--synthetic", action="store_true", help="random images instead of the recipe's data")
+    one.add_argument("--compile", action="store_true", help="time train.compile on a CPU, too, which takes a minute")
+    one.add_argument("--json", action="store_true", help="print one object (docs/speed.md)")
 
     one = _command(
         commands, "teacher", _teacher, "store a teacher's outputs beside the shards, for a distill recipe", True
@@ -388,6 +406,16 @@ def _doctor(options: argparse.Namespace) -> int:
     from selfsight.doctor import doctor
 
     return doctor(recipe, as_json=options.json)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
+    from selfsight.bench import Wish, bench
+
+    given = [f"--{name} {shlex.quote(value)}" for name, value in options.fields.items()]
+    told = " ".join([shlex.quote(options.recipe), *given])
+    wish = Wish(options.seconds, options.synthetic, options.compile, told)
+    return bench(recipe, wish, as_json=options.json)
 
 
 def _quickstart(options: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ from selfsight.data.placer import normalize
 from selfsight.data.samples import LISTED
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError, StorageError
+from selfsight.memory import free_memory
 from selfsight.optim import set_rates
 from selfsight.processes import join, loader_workers
 from selfsight.recipe import Recipe, load
@@ -244,7 +245,7 @@ def of_model(parts: Parts, accelerator: Accelerator) -> Iterator[Finding]:
     few = replace(batches, batch_size=min(images, images if device.type == "cuda" else MICRO), accumulate=1)
     seconds, saved = timed_steps(parts, few, accelerator)
     needed = COPIES * 4 * trained + saved * images / few.batch_size
-    free = _memory(device)
+    free = free_memory(device)
     told = f"about {needed / 2**30:,.1f} GiB a rank with {images:,} images at once, {free / 2**30:,.1f} GiB free on {device.type}"
     advice = "; raise train.accumulate, or set train.checkpoint_blocks" if needed > 0.9 * free else ""
     yield Finding("warning" if advice else "ok", "memory", told + advice)
@@ -260,15 +261,15 @@ def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Findin
     rate = min(compute, data) if workers else 1 / (1 / compute + 1 / one)  # without workers one waits for the other
     seconds = parts.steps * parts.recipe.train.batch_size / rate
     yield Finding(
-        "ok", "time", f"the run takes about {_duration(seconds)} on one rank as this one is now, without scoring"
+        "ok", "time", f"the run takes about {duration(seconds)} on one rank as this one is now, without scoring"
     )
     if data < compute and workers:
-        yield Finding("warning", "rates", f"{told}: training will wait for data; {_faster(parts, batches)}")
+        yield Finding("warning", "rates", f"{told}: training will wait for data; {faster_data(parts, batches)}")
     else:
         yield Finding("ok", "rates", told)
 
 
-def _faster(parts: Parts, batches: Batches) -> str:
+def faster_data(parts: Parts, batches: Batches) -> str:
     """What would make the data faster."""
     samples, made = parts.shards, parts.encoder.preprocessing
     body, plain = samples.read_images(0)[0], made.form == Form(made.channels)
@@ -344,18 +345,8 @@ def _median_seconds(make: Callable[[int], object], times: int) -> float:
     return float(np.median(taken[1:] or taken))
 
 
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    told = Path("/proc/meminfo")
-    if not told.exists():
-        return 2**63 - 1
-    return (
-        next(int(line.split()[1]) for line in told.read_text().splitlines() if line.startswith("MemAvailable")) * 1024
-    )
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:,.1f} {unit}"

@@ -1,0 +1,71 @@
+"""Random images in place of a set that is not there yet, for `selfsight bench --synthetic`: alike in size and cost, not to be learned from."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from selfsight.data.index import build_index, cache_folder, index_path, write_index
+from selfsight.data.packing import Encoding, Sample, write_shards
+from selfsight.errors import StorageError, UsageError
+from selfsight.recipe import DataConfig, EncoderConfig
+
+DISTINCT, SAMPLES = 64, 131_072  # images in the tar, and samples in its index: each image stands there again and again
+PHOTOGRAPH = (500, 375)  # pixels, as most of ImageNet
+SMALL = 64  # pixels of a view up to which images are as large as it, as CIFAR's are
+GRAIN = 12  # pixels of a patch of one colour; with a little noise the JPEGs have about ImageNet's 110 KB
+
+
+def synthetic(data: DataConfig, encoder: EncoderConfig) -> Path:
+    """A shard of random images for this encoder, in the cache folder, written the first time it is asked for.
+
+    Views of more than 64 pixels come from JPEGs of 500 x 375, smaller ones from PNGs of their own size.
+
+    Raises:
+        UsageError: an encoder that wants other than images of 8 bits with one or three channels.
+    """
+    if encoder.channels not in (1, 3) or encoder.frames > 1 or data.depth != 8:
+        raise UsageError("--synthetic: makes images of 8 bits with 1 or 3 channels only; build shards of your own data")
+    side = encoder.image_size
+    folder = cache_folder() / f"synthetic-1-{'photographs' if side > SMALL else side}-{encoder.channels}"
+    shard = folder / "synthetic-000000.tar"
+    if shard.exists():
+        return shard
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix="synthetic-", dir=folder.parent))
+    except OSError as error:
+        raise StorageError(f"{folder.parent}: cannot be written ({error.strerror}); set SELFSIGHT_CACHE") from None
+    _write(draft, side, encoder.channels)
+    try:
+        os.rename(draft, folder)  # another process may have been first: its copy is as good
+    except OSError:
+        shutil.rmtree(draft)
+    return shard
+
+
+def _write(folder: Path, side: int, channels: int) -> None:
+    large = side > SMALL
+    size = PHOTOGRAPH if large else (side, side)
+    write_shards(
+        (Sample(image) for image in _images(size, channels)),
+        folder,
+        "synthetic",
+        Encoding(format="jpeg" if large else "png"),
+    )
+    shard = folder / "synthetic-000000.tar"
+    records = build_index(shard)
+    write_index(index_path(shard), np.tile(records, SAMPLES // DISTINCT), shard.stat().st_size)
+
+
+def _images(size: tuple[int, int], channels: int) -> Iterator[Image.Image]:
+    rng = np.random.default_rng(0)
+    for _ in range(DISTINCT):
+        coarse = rng.integers(0, 256, (-(-size[1] // GRAIN), -(-size[0] // GRAIN), channels), np.uint8)
+        smooth = Image.fromarray(coarse.squeeze()).resize(size, Image.Resampling.BICUBIC)
+        noise = rng.normal(0, 9, (size[1], size[0], channels)).squeeze()
+        yield Image.fromarray((np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8))

@@ -1,0 +1,159 @@
+"""What `selfsight bench` has found, as one object and for a person."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from selfsight.bench_trials import Trial, within_noise
+from selfsight.console import say, table
+from selfsight.doctor import duration
+from selfsight.redact import redact
+
+if TYPE_CHECKING:
+    from selfsight.bench import Found
+
+NAMES = {
+    "data": "waiting for data",
+    "transfer": "to the device, colour, normalise",
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimizer, clip, checks",
+    "communication": "sum of gradients over ranks",
+}
+MIB = 2**20
+
+
+def as_object(found: "Found") -> dict[str, Any]:
+    """The fields that docs/speed.md lists, for JSON."""
+    base, recipe = found.base, found.recipe
+    extra = sum(value or 0.0 for value in found.every.values())
+    step = base.step_seconds + extra
+    images = None if found.steps is None else found.steps * recipe.train.batch_size
+    return {
+        "recipe": redact(found.told),
+        "hardware": found.hardware,
+        "ranks": found.ranks,
+        "threads": found.threads,
+        "precision": "bf16" if found.half else "fp32",
+        "batch_size": recipe.train.batch_size,
+        "timed_batch_size": found.timed,
+        "images_per_second": round(base.images_per_second, 2),
+        "spread": round(base.noise, 4),
+        "step_seconds": base.step_seconds,
+        "share": {name: round(value, 4) for name, value in base.share.items()},
+        "cadence": {name: None if value is None else round(value / step, 5) for name, value in found.every.items()},
+        "loader": {
+            "workers": found.workers,
+            "images_per_second": round(found.loader, 2),
+            "step_share": round(base.images_per_second / found.loader, 4),
+        },
+        "flops_per_image": found.flops_per_image,
+        "matmul_peak": found.peak,
+        "mfu": round(found.mfu, 4),
+        "memory": {"peak": round((base.memory or 0) / MIB), "total": found.memory and round(found.memory / MIB)},
+        "steps": found.steps,
+        "epochs": None if found.epochs is None else round(found.epochs, 2),
+        "images": images,
+        "hours": None if found.steps is None else found.steps * step / 3600,
+        "hours_per_million_images": 1e6 / recipe.train.batch_size * step / 3600,
+        "bound": "data" if found.data_bound else "compute",
+        "trials": [_trial(trial, found) for trial in found.trials],
+        "command": redact(f"selfsight pretrain {' '.join([found.told, *_options(found.best)])}"),
+        "faster": found.best,
+        "notes": found.notes,
+    }
+
+
+def _options(change: Mapping[str, Any]) -> list[str]:
+    return [f"--{name} {_value(value)}" for name, value in change.items()]
+
+
+def _trial(trial: Trial, found: "Found") -> dict[str, Any]:
+    told: dict[str, Any] = {"change": trial.change, "changes_what_is_learned": trial.learns}
+    if trial.timed is None:
+        return told | {"why_not": trial.why_not}
+    base = found.base
+    return told | {
+        "images_per_second": round(trial.timed.images_per_second, 2),
+        "ratio": round(trial.timed.images_per_second / base.images_per_second, 3),
+        "spread": round(trial.timed.noise, 4),
+        "within_noise": within_noise(trial.timed, base),
+        "memory": None if trial.timed.memory is None else round(trial.timed.memory / MIB),
+    }
+
+
+def show(told: dict[str, Any]) -> None:
+    """Print it."""
+    _phases(told)
+    table(["this machine", "found"], _facts(told), words=True)
+    _switches(told)
+    for note in told["notes"]:
+        say(note)
+    if told["faster"]:
+        print(told["command"])
+    else:
+        say("nothing that was tried and learns the same is faster beyond noise")
+
+
+def _phases(told: dict[str, Any]) -> None:
+    step = told["step_seconds"]
+    shown = {name: share for name, share in told["share"].items() if share or name not in ("communication", "transfer")}
+    rows = [[NAMES[name], _milliseconds(share * step), f"{100 * share:.1f}%"] for name, share in shown.items()]
+    rows.append(["the step", _milliseconds(step), "100%"])
+    ranks = f" x {told['ranks']} ranks" if told["ranks"] > 1 else ""
+    print(
+        f"{told['recipe']}: a step of {told['batch_size']:,} images, {told['precision']} on {told['hardware']}{ranks}"
+    )
+    table(["where time goes", "ms", "share"], rows)
+
+
+def _facts(told: dict[str, Any]) -> list[list[str]]:
+    loader, memory = told["loader"], told["memory"]
+    total = f" of {memory['total'] / 1024:,.1f}" if memory["total"] else ""
+    gflops, peak = told["flops_per_image"] / 1e9, told["matmul_peak"] / 1e12
+    length = (
+        f"{told['steps']:,} steps, {told['images']:,} images" if told["steps"] else "its length depends on the data"
+    )
+    hours = f"{duration(3600 * told['hours'])}: " if told["hours"] else ""
+    every = ", ".join(
+        f"{name} {'not measured' if s is None else f'{100 * s:.1f}%'}" for name, s in told["cadence"].items()
+    )
+    return [
+        [
+            "speed",
+            f"{told['images_per_second']:,.0f} images/s, within {100 * told['spread']:.0f}%; {told['bound']}-bound",
+        ],
+        [
+            "loader alone",
+            f"{loader['images_per_second']:,.0f} images/s (workers: {loader['workers']}), {100 * loader['step_share']:.0f}% of a step",
+        ],
+        [
+            "MFU",
+            f"{100 * told['mfu']:.1f}%: {gflops:,.3g} GFLOP an image, {peak:,.3g} TFLOP/s a device in a large product",
+        ],
+        ["memory", f"{memory['peak'] / 1024:,.1f}{total} GiB at most, in steps of {told['timed_batch_size']:,} images"],
+        ["the run", f"{hours}{length}; a million images take {duration(3600 * told['hours_per_million_images'])}"],
+        ["of its time", every],
+    ]
+
+
+def _switches(told: dict[str, Any]) -> None:
+    rows = [["as it is", f"{told['images_per_second']:,.0f}", "1.00", "", ""]]
+    for trial in told["trials"]:
+        name = ", ".join(f"{field} {_value(value)}" for field, value in trial["change"].items())
+        if "why_not" in trial:
+            rows.append([name, "", "", "", trial["why_not"]])
+            continue
+        words = ["within noise"] * trial["within_noise"] + ["changes what is learned"] * trial[
+            "changes_what_is_learned"
+        ]
+        memory = "" if trial["memory"] is None else f"{trial['memory'] / 1024:,.1f}"
+        rows.append([name, f"{trial['images_per_second']:,.0f}", f"{trial['ratio']:.2f}", memory, "; ".join(words)])
+    table(["switches, one at a time", "images/s", "ratio", "GiB", ""], rows)
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}"

@@ -65,7 +65,8 @@ def _write(folder: Path, side: int, channels: int) -> None:
 def _images(size: tuple[int, int], channels: int) -> Iterator[Image.Image]:
     rng = np.random.default_rng(0)
     for _ in range(DISTINCT):
-        coarse = rng.integers(0, 256, (-(-size[1] // GRAIN), -(-size[0] // GRAIN), channels), np.uint8)
-        smooth = Image.fromarray(coarse.squeeze()).resize(size, Image.Resampling.BICUBIC)
-        noise = rng.normal(0, 9, (size[1], size[0], channels)).squeeze()
-        yield Image.fromarray((np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8))
+        coarse = rng.integers(0, 256, (-(-size[1] // GRAIN), -(-size[0] // GRAIN), 3), np.uint8)
+        smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        noise = rng.normal(0, 9, (size[1], size[0], 3))
+        made = Image.fromarray((np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8))
+        yield made if channels == 3 else made.convert("L")

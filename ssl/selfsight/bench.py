@@ -26,6 +26,7 @@ from selfsight.bench_trials import (
     free,
     helpful,
     largest_micro_batch,
+    rebuilt_for,
     run,
 )
 from selfsight.console import Bar, progress
@@ -44,6 +45,7 @@ from selfsight.speed import matmul_peak
 
 DATA_BOUND = 0.1  # share of a step that waits for data, above which they are what to mend
 STEPS = 6  # for which a timed stretch should have room
+LEAST = 4  # steps, for which a switch must have time
 FEWEST = {"cpu": 2, "cuda": 256}  # images to which a step that is too slow is cut
 LOOKS = {"cpu": 8, "cuda": 64}  # images of the first look at a model
 # Shares of the seconds; what is left is for the switches.
@@ -186,7 +188,9 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         if built.world > 1 and not recipe.train.deterministic:
             base = with_communication(base, time_steps(built, own, ALONE * seconds, alone=True))
         bar(20, "evaluation and saving")
-        every = cadence(built, recipe, host, base.images_per_second / built.world, SCORING * seconds)
+        every = cadence(
+            built, recipe, host, base.images_per_second / built.world, 0.0 if wish.synthetic else SCORING * seconds
+        )
         bar(5, "switches")
         now = situation(built, recipe, own, base, half, wish.compiles)
         if now.data_bound and not wish.synthetic:
@@ -313,21 +317,31 @@ def has_jpegs(parts: Parts) -> bool:
 def try_all(
     built: Built, recipe: Recipe, base: Timed, now: Situation, budget: Budget, bar: Bar
 ) -> tuple[list[Trial], Timed]:
-    """Every switch worth trying, as long as there is time, and the recipe as it is once more after them: how far the
+    """Every switch worth trying while there is time, what helps together, and the recipe as it is once more: how far the
     machine has drifted meanwhile is noise, too."""
     todo, trials = candidates(recipe, now), list[Trial]()
-    for number, (change, rebuilt) in enumerate(todo):
-        bar(55 // len(todo), ", ".join(f"{name} {value}" for name, value in change.items()))
-        seconds = budget.left / (len(todo) - number + 1)
-        if any(agree(built.accelerator, [seconds < STEPS * base.step_seconds])):
+
+    def no_time() -> bool:
+        return agree(built.accelerator, [budget.left < LEAST * base.step_seconds])[0]
+
+    def tried(change: dict[str, Any], others: int) -> Trial:
+        bar(0, ", ".join(f"{name} {value}" for name, value in change.items()))
+        begun, seconds = budget.clock(), max(budget.left / (others + 2), LEAST * base.step_seconds)
+        trial = run(built, recipe, change, seconds)
+        if rebuilt_for(change) and (recipe.train.compile or "train.compile" in change):
+            budget.excuse(budget.clock() - begun - seconds)
+        return trial
+
+    for number, change in enumerate(todo):
+        if no_time():
             learns = changes_what_is_learned(built.parts, recipe, changed(recipe, change))
             trials.append(Trial(change, learns, None, "no time; --seconds gives more"))
-            continue
-        begun = budget.clock()
-        trials.append(run(built, recipe, change, rebuilt, seconds))
-        if "train.compile" in change or (rebuilt and recipe.train.compile):
-            budget.excuse(budget.clock() - begun - seconds)
-    if trials:
-        again = time_steps(built, recipe, max(budget.left, 0.0))
-        base = base._replace(rates=base.rates + again.rates)
+        else:
+            trials.append(tried(change, len(todo) - number))
+        bar(50 // len(todo))
+    best = helpful(trials, base)
+    if agree(built.accelerator, [len(best) > 1])[0] and not no_time():
+        trials.append(tried(best, 0))
+    if trials and not no_time():
+        base = base._replace(rates=base.rates + time_steps(built, recipe, max(budget.left, 0.0)).rates)
     return trials, base

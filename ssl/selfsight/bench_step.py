@@ -30,7 +30,8 @@ from selfsight.train import update
 
 PHASES = ("data", "transfer", "forward", "backward", "optimizer", "communication")
 LOOK = 64  # images of a batch by which the loader alone is timed
-WARM, FEWEST = 2, 3  # steps that are not counted, and those that must be
+WARM, FEWEST = 2, 2  # steps that are not counted, and those that must be
+SLOW = 6  # in a stretch that has no room for so many steps, one of them has to be enough to warm up
 CHUNKS = 5  # of the counted steps, whose rates tell the noise
 FOREVER = 2**40  # batches; a run is a function of their numbers, so there is no last one
 
@@ -246,18 +247,18 @@ def time_steps(
     warm = max(WARM, -(-AHEAD * workers // micros) + 1)  # until what was made ahead meanwhile is used up
     torch.set_num_threads(recipe.train.threads or built.threads)
     forget_peak(device)
-    begun, done, over = clock(), 0, False
+    begun, done, over = clock(), 0, False  # of the first step, then of the others
     try:
         with closing(feed(batches, range(FOREVER), workers, device.type == "cuda", recipe.train.timeout)) as items:  # type: ignore[type-var]
             hosts = (more := partial(_of_step, items, micros, device))()
             while not over:
                 if done == 1:
-                    begun = clock()
-                if done and (done == warm or (done >= WARM and clock() - begun > seconds / 2 and done < warm)):
+                    begun, first = clock(), clock() - begun
+                    warm = 1 if first > seconds / SLOW else warm
+                if done == warm or (WARM <= done < warm and clock() - begun > seconds / 2):
                     timeline.restart()
-                    warm = min(warm, done)
-                late = clock() - begun > seconds and done >= 1
-                hosts, over = stepper(hosts, more, late and done >= warm + FEWEST - 1)
+                    warm = done
+                hosts, over = stepper(hosts, more, clock() - begun > seconds and done >= warm + FEWEST - 1)
                 done += 1
     finally:
         stepper.close()
@@ -300,4 +301,4 @@ def loader_rate(built: Built, recipe: Recipe, seconds: float, clock: Callable[[]
         begun, made = clock(), 0
         while (spent := clock() - begun) < seconds or not made:
             made += len(next(items).ids)
-    return made / max(spent, clock() - begun)
+    return made / spent

@@ -39,7 +39,7 @@ def as_object(found: "Found") -> dict[str, Any]:
         "images_per_second": round(base.images_per_second, 2),
         "spread": round(base.noise, 4),
         "step_seconds": base.step_seconds,
-        "share": {name: round(value, 4) for name, value in base.share.items()},
+        "share": base.share,
         "cadence": {name: None if value is None else round(value / step, 5) for name, value in found.every.items()},
         "loader": {
             "workers": found.workers,
@@ -96,14 +96,15 @@ def show(told: dict[str, Any]) -> None:
 
 def _phases(told: dict[str, Any]) -> None:
     step = told["step_seconds"]
+    unit, many = ("ms", 1e3) if step < 10 else ("seconds", 1.0)
     shown = {name: share for name, share in told["share"].items() if share or name not in ("communication", "transfer")}
-    rows = [[NAMES[name], _milliseconds(share * step), f"{100 * share:.1f}%"] for name, share in shown.items()]
-    rows.append(["the step", _milliseconds(step), "100%"])
+    rows = [[NAMES[name], f"{share * step * many:,.1f}", f"{100 * share:.1f}%"] for name, share in shown.items()]
+    rows.append(["the step", f"{step * many:,.1f}", "100%"])
     ranks = f" x {told['ranks']} ranks" if told["ranks"] > 1 else ""
     print(
         f"{told['recipe']}: a step of {told['batch_size']:,} images, {told['precision']} on {told['hardware']}{ranks}"
     )
-    table(["where time goes", "ms", "share"], rows)
+    table(["where time goes", unit, "share"], rows)
 
 
 def _facts(told: dict[str, Any]) -> list[list[str]]:
@@ -120,11 +121,11 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
     return [
         [
             "speed",
-            f"{told['images_per_second']:,.0f} images/s, within {100 * told['spread']:.0f}%; {told['bound']}-bound",
+            f"{_rate(told['images_per_second'])} images/s, within {100 * told['spread']:.0f}%; {told['bound']}-bound",
         ],
         [
             "loader alone",
-            f"{loader['images_per_second']:,.0f} images/s (workers: {loader['workers']}), {100 * loader['step_share']:.0f}% of a step",
+            f"{_rate(loader['images_per_second'])} images/s (workers: {loader['workers']}), {100 * loader['step_share']:.0f}% of a step",
         ],
         [
             "MFU",
@@ -137,7 +138,7 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
 
 
 def _switches(told: dict[str, Any]) -> None:
-    rows = [["as it is", f"{told['images_per_second']:,.0f}", "1.00", "", ""]]
+    rows = [["as it is", _rate(told["images_per_second"]), "1.00", "", ""]]
     for trial in told["trials"]:
         name = ", ".join(f"{field} {_value(value)}" for field, value in trial["change"].items())
         if "why_not" in trial:
@@ -147,7 +148,7 @@ def _switches(told: dict[str, Any]) -> None:
             "changes_what_is_learned"
         ]
         memory = "" if trial["memory"] is None else f"{trial['memory'] / 1024:,.1f}"
-        rows.append([name, f"{trial['images_per_second']:,.0f}", f"{trial['ratio']:.2f}", memory, "; ".join(words)])
+        rows.append([name, _rate(trial["images_per_second"]), f"{trial['ratio']:.2f}", memory, "; ".join(words)])
     table(["switches, one at a time", "images/s", "ratio", "GiB", ""], rows)
 
 
@@ -155,5 +156,5 @@ def _value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.1f}"
+def _rate(images: float) -> str:
+    return f"{images:,.0f}" if images >= 100 else f"{images:.3g}"

@@ -47,6 +47,8 @@ class Switch(NamedTuple):
     """What else to try."""
     rebuilt: bool = False
     """Whether it takes a new model."""
+    data: bool = False
+    """Whether it is for those who wait for data."""
 
 
 def _workers(recipe: Recipe, now: Situation) -> list[Any]:
@@ -103,18 +105,18 @@ def _repeat(recipe: Recipe, now: Situation) -> list[Any]:
     return [2] if now.data_bound and recipe.data.repeat == 1 else []
 
 
-# Tried in this order; what takes a new model comes last (`run`).
+# Tried in this order, those for data first or last.
 SWITCHES: dict[str, Switch] = {
-    "train.workers": Switch(_workers),
+    "train.compile": Switch(_compile, rebuilt=True),
     "train.threads": Switch(_threads),
-    "data.fast_decode": Switch(_fast_decode),
-    "data.decode": Switch(_decode),
+    "train.precision": Switch(_precision, rebuilt=True),
     "train.accumulate": Switch(_accumulate),
     "train.batch_size": Switch(_batch_size),
-    "data.repeat": Switch(_repeat),
-    "train.precision": Switch(_precision, rebuilt=True),
-    "train.compile": Switch(_compile, rebuilt=True),
     "train.checkpoint_blocks": Switch(_checkpoint_blocks, rebuilt=True),
+    "train.workers": Switch(_workers, data=True),
+    "data.fast_decode": Switch(_fast_decode, data=True),
+    "data.decode": Switch(_decode, data=True),
+    "data.repeat": Switch(_repeat, data=True),
 }
 
 
@@ -128,15 +130,21 @@ class Trial(NamedTuple):
     why_not: str = ""
 
 
-def candidates(recipe: Recipe, now: Situation) -> list[tuple[dict[str, Any], bool]]:
-    """Changes worth trying, and whether each takes a new model; those that do come last."""
-    found = [({name: value}, one.rebuilt) for name, one in SWITCHES.items() for value in one.values(recipe, now)]
-    return sorted(found, key=lambda item: item[1])
+def candidates(recipe: Recipe, now: Situation) -> list[dict[str, Any]]:
+    """Changes worth trying, the most promising ones first."""
+    order = sorted(SWITCHES.items(), key=lambda item: item[1].data != now.data_bound)
+    return [{name: value} for name, one in order for value in one.values(recipe, now)]
 
 
-def run(built: Built, recipe: Recipe, change: Mapping[str, Any], rebuilt: bool, seconds: float) -> Trial:
+def rebuilt_for(change: Mapping[str, Any]) -> bool:
+    """Whether a change takes a new model."""
+    return any(SWITCHES[name].rebuilt for name in change)
+
+
+def run(built: Built, recipe: Recipe, change: Mapping[str, Any], seconds: float) -> Trial:
     """Time a recipe with this change, or say why it cannot be."""
     made, learns = None, True
+    rebuilt = rebuilt_for(change)
     try:
         other = changed(recipe, change)
         learns = changes_what_is_learned(built.parts, recipe, other)

@@ -1,0 +1,501 @@
+"""`selfsight bench`: phases make up the step, a trial changes one thing, nothing is written, arithmetic is right."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from launch import words as as_words
+
+from selfsight import bench as subject
+from selfsight import bench_trials, cli
+from selfsight.bench import Budget, Found, fitting, measured_as
+from selfsight.bench_cadence import cadence
+from selfsight.bench_step import (
+    PHASES,
+    Built,
+    Timed,
+    build,
+    changed,
+    loader_rate,
+    probe,
+    time_steps,
+    with_communication,
+)
+from selfsight.bench_table import as_object, show
+from selfsight.bench_trials import Situation, Trial, candidates, helpful, micro_batches, repeated, within_noise
+from selfsight.data.decode import Form
+from selfsight.data.shards import Shards
+from selfsight.data.synthetic import SAMPLES, synthetic
+from selfsight.errors import UsageError
+from selfsight.processes import join
+from selfsight.recipe import Recipe, load
+from selfsight.run_folder import differences
+from selfsight.timeline import Timeline
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(small_fields: dict[str, Any]) -> Recipe:
+    return load("digits/mae", small_fields | {"train.threads": 1})
+
+
+@pytest.fixture
+def built(recipe: Recipe) -> Built:
+    return build(recipe, join(recipe), 1)
+
+
+class Clock:
+    """Seconds that pass one at each look."""
+
+    def __init__(self, tick: float = 1.0) -> None:
+        self.now, self.tick = 0.0, tick
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+def timed(rate: float, spread: float = 0.0, images: int = 8, **seconds: float) -> Timed:
+    rates = (rate * (1 - spread), rate, rate * (1 + spread))
+    step = images / rate
+    phases = dict.fromkeys(PHASES, 0.0) | (seconds or {"forward": step / 2, "backward": step / 2})
+    return Timed(phases, images, rates, 2**30, 3)
+
+
+def test_a_timeline_gives_each_second_to_the_phase_that_was_marked() -> None:
+    now = [0.0]
+    line = Timeline(CPU, lambda: now[0])
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    passes(100)  # what was before does not count
+    line.restart()
+    for _ in range(2):
+        line.mark("data")
+        passes(1)
+        line.mark("forward")
+        passes(2)
+        line.mark("data")
+        passes(4)
+        line.step("rest")
+    passes(50)  # nor does what no step has ended
+    line.mark("data")
+    passes(50)
+    assert line.steps() == [7, 57 - 50]
+    assert {name: spent for name, spent in line.phases().items() if spent} == {"data": 10, "forward": 4}
+
+
+def test_phases_make_up_the_step(built: Built, recipe: Recipe) -> None:
+    """Each look at the clock is a second: every phase is seen, in every micro-batch, and nothing is lost between them."""
+    found = time_steps(built, changed(recipe, {"train.accumulate": 2}), 40.0, Clock())
+    assert set(found.phases) == set(PHASES)
+    assert found.images == 8
+    # A step: its start, [transfer, forward, backward] twice, norm, data, update; then looks at the clock, until the next one's first mark.
+    once = {name: spent for name, spent in found.phases.items() if name != "optimizer"}
+    assert once == {"transfer": 1 + 2, "forward": 2, "backward": 2, "data": 1, "communication": 0}
+    assert 1 + 1 + 1 <= found.phases["optimizer"] <= 1 + 1 + 3
+    assert sum(found.phases.values()) == pytest.approx(found.step_seconds, rel=0.1)
+    assert found.images_per_second == pytest.approx(8 / found.step_seconds)
+    assert sum(found.share.values()) == pytest.approx(1)
+    assert not built.parts.objective._forward_hooks  # the model is as it was
+
+
+def test_a_deterministic_step_is_not_divided(recipe: Recipe) -> None:
+    other = changed(recipe, {"train.deterministic": 2})
+    found = time_steps(build(other, join(other), 1), other, 20.0, Clock())
+    assert found.phases["forward"] == found.phases["transfer"] == 0
+    assert found.phases["backward"] > 0
+
+
+def test_the_time_ends_it_and_the_first_steps_do_not_count(built: Built, recipe: Recipe) -> None:
+    few, many = (time_steps(built, recipe, seconds, Clock(0.01)) for seconds in (0.0, 1.5))
+    assert few.steps == 2
+    assert 8 < many.steps < 30
+
+
+def test_steps_are_those_of_training(built: Built, recipe: Recipe) -> None:
+    """Weights move as the first steps of a run move them."""
+    from selfsight.assemble import assemble
+    from selfsight.train import train
+
+    found = time_steps(built, recipe, 0.0)
+    own = changed(recipe, {"train.steps": recipe.train.steps})
+    parts = assemble(own, CPU)
+    parts.recipe.run_dir.mkdir(parents=True)
+    taken = 1 + found.steps
+    assert taken == 3
+    halted = replace(parts, steps=6)
+    own_steps = []
+
+    def stop_after(step: int, steps: int) -> None:
+        own_steps.append({name: p.detach().clone() for name, p in parts.objective.named_parameters()})
+
+    parts.objective.after_step = stop_after  # type: ignore[method-assign]
+    train(halted, join(own))
+    for name, parameter in built.parts.objective.named_parameters():
+        assert torch.equal(parameter, own_steps[taken - 1][name]), name
+
+
+def test_a_smaller_batch_tells_of_a_larger_one() -> None:
+    small = timed(4.0, images=8, data=0.5, transfer=0.0, forward=0.5, backward=0.5, optimizer=0.5, communication=0.0)
+    large = small.scaled(32)
+    assert large.phases == {"data": 2, "transfer": 0, "forward": 2, "backward": 2, "optimizer": 0.5, "communication": 0}
+    assert large.step_seconds == pytest.approx(6.5)
+    assert small.scaled(8) == small
+
+
+def test_communication_is_what_the_backward_pass_saves_without_it() -> None:
+    whole, alone = timed(1.0, forward=3.0, backward=5.0), timed(1.0, forward=3.0, backward=4.0)
+    found = with_communication(whole, alone)
+    assert (found.phases["backward"], found.phases["communication"]) == (4.0, 1.0)
+    assert with_communication(alone, whole).phases["communication"] == 0
+
+
+def test_operations_do_not_depend_on_what_is_done_again(recipe: Recipe) -> None:
+    counted = []
+    for again in (False, True):
+        other = changed(recipe, {"train.checkpoint_blocks": again})
+        parts = subject.assemble(other, CPU)
+        counted.append(probe(parts, join(other), parts.batches()[0]).flops_per_image)
+        assert all(parameter.grad is None for parameter in parts.objective.parameters())
+        assert parts.encoder.checkpoint_blocks == again
+    assert counted[0] == counted[1] > 0
+
+
+def test_the_loader_alone(built: Built, recipe: Recipe) -> None:
+    """A second before the first batch of 8 and one after each: two of them in three seconds."""
+    assert loader_rate(built, recipe, 3.0, Clock()) == pytest.approx(16 / 3)
+
+
+def found_of(recipe: Recipe, **other: Any) -> Found:
+    given: dict[str, Any] = {
+        "recipe": recipe, "told": "digits/mae", "hardware": "abacus", "ranks": 2, "threads": 1, "workers": 3, "half": False,
+        "timed": 8, "base": timed(100.0), "every": {"evaluation": 0.02, "logging": 0.0, "saving": None}, "loader": 50.0,
+        "flops_per_image": 2e9, "peak": 4e11, "memory": 4 * 2**30, "steps": 1000, "epochs": 8.0, "trials": [], "best": {},
+        "notes": [],
+    }  # fmt: skip
+    return Found(**(given | other))
+
+
+def test_the_arithmetic_of_the_answer(recipe: Recipe) -> None:
+    told = as_object(found_of(recipe))
+    assert told["step_seconds"] == pytest.approx(0.08)
+    assert told["mfu"] == pytest.approx(100 / 2 * 2e9 / 4e11)
+    assert told["hours"] == pytest.approx(1000 * 0.1 / 3600)  # with its evaluation
+    assert told["cadence"]["evaluation"] == pytest.approx(0.2)
+    assert told["hours_per_million_images"] == pytest.approx(1e6 / 8 * 0.1 / 3600)
+    assert told["loader"]["step_share"] == 2
+    assert told["memory"] == {"peak": 1024, "total": 4096}
+    assert (told["images"], told["bound"], told["command"]) == (8000, "compute", "selfsight pretrain digits/mae")
+    waits = timed(100.0, data=0.02, forward=0.06)
+    assert as_object(found_of(recipe, base=waits))["bound"] == "data"
+    assert as_object(found_of(recipe, steps=None))["hours"] is None
+
+
+def test_a_person_reads_what_a_script_does(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    trials = [
+        Trial({"train.workers": 2}, False, timed(150.0)),
+        Trial({"train.precision": "bf16"}, True, timed(102.0)),
+        Trial({"train.compile": True}, False, None, "no compiler"),
+    ]
+    show(as_object(found_of(recipe, trials=trials, best={"train.workers": 2, "train.compile": True})))
+    shown = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
+    assert "1.50" in rows["train.workers 2"] and "noise" not in rows["train.workers 2"]
+    assert "within noise; changes what is learned" in rows["train.precision bf16"]
+    assert "no compiler" in rows["train.compile true"]
+    assert "selfsight pretrain digits/mae --train.workers 2 --train.compile true" in shown
+    assert "25.0%: 2 GFLOP an image" in rows["MFU"]
+
+
+EVERYWHERE = Situation(True, 8, 4, 2, False, True, True, True, True)
+
+
+@pytest.mark.parametrize(
+    "now", [EVERYWHERE, EVERYWHERE._replace(gpu=False), EVERYWHERE._replace(bf16=True, jpegs=False)]
+)
+def test_a_trial_differs_in_its_switch_alone(recipe: Recipe, now: Situation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_trials, "require_decoder", lambda: None)
+    plain = changed(recipe, {"train.accumulate": 2, "train.batch_size": 64, "train.workers": 2, "train.threads": 4})
+    todo = candidates(plain, now)
+    assert todo
+    for change in todo:
+        [(name, value)] = change.items()
+        other = differences(plain.model_dump(mode="json"), changed(plain, change).model_dump(mode="json"))
+        assert set(other) == {name}, change
+        assert (
+            changed(plain, change).model_dump(mode="json")["train" if "train" in name else "data"][name.split(".")[1]]
+            == value
+        )
+
+
+def names_tried(recipe: Recipe, **now: Any) -> set[str]:
+    return {name for change in candidates(recipe, EVERYWHERE._replace(**now)) for name in change}
+
+
+def test_only_what_may_help_is_tried(recipe: Recipe) -> None:
+    assert "train.compile" not in names_tried(recipe, compiles=False)
+    assert "train.threads" not in names_tried(recipe)
+    assert "train.threads" in names_tried(recipe, gpu=False)
+    assert "train.workers" not in names_tried(recipe, data_bound=False)
+    assert "data.repeat" not in names_tried(recipe, data_bound=False)
+    assert "data.fast_decode" not in names_tried(recipe, jpegs=False)
+    assert "train.batch_size" not in names_tried(recipe, whole=False)
+    assert "train.precision" not in names_tried(recipe, bf16=True)
+    assert candidates(recipe, EVERYWHERE._replace(gpu=False, workers=1, cores=2))[:2] == [
+        {"train.workers": 0},
+        {"train.workers": 2},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "learns"),
+    [({"train.workers": 1}, False), ({"train.threads": 2}, False), ({"train.compile": True}, False), ({"train.accumulate": 2}, False),
+     ({"train.batch_size": 16}, True), ({"train.precision": "bf16"}, True), ({"data.repeat": 2}, True)],
+)  # fmt: skip
+def test_what_changes_what_is_learned_is_told(
+    built: Built, recipe: Recipe, change: dict[str, Any], learns: bool
+) -> None:
+    assert bench_trials.changes_what_is_learned(built.parts, recipe, changed(recipe, change)) == learns
+
+
+def test_a_trial_that_cannot_be_is_told_and_ends_nothing(
+    built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench_trials.run(built, recipe, {"train.accumulate": 3}, 0.0).why_not.endswith(
+        "is not a multiple of accumulate 3"
+    )
+    assert bench_trials.run(built, recipe, {"train.batch_size": 256}, 0.0).why_not == "more images than there are"
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_trials, "time_steps", full)
+    assert bench_trials.run(built, recipe, {"train.accumulate": 2}, 0.0).why_not == "does not fit in memory"
+
+
+def test_a_trial_takes_a_model_of_its_own_where_it_must(
+    built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped = []
+    monkeypatch.setattr(bench_trials, "time_steps", lambda made, other, seconds: stepped.append(made) or timed(1.0))
+    bench_trials.run(built, recipe, {"train.accumulate": 2}, 0.0)
+    bench_trials.run(built, recipe, {"train.precision": "bf16"}, 0.0)
+    assert stepped[0] is built
+    assert stepped[1] is not built and stepped[1].accelerator.mixed_precision == "bf16"
+
+
+def test_noise_is_that_of_both() -> None:
+    base = timed(100.0)
+    assert within_noise(timed(102.0), base)
+    assert not within_noise(timed(110.0), base) and not within_noise(timed(90.0), base)
+    assert within_noise(timed(110.0, spread=0.2), base)
+    assert within_noise(timed(110.0), timed(100.0, spread=0.2))
+
+
+def test_what_helps_is_the_best_of_each_that_learns_the_same() -> None:
+    trials = [
+        Trial({"train.workers": 1}, False, timed(120.0)),
+        Trial({"train.workers": 2}, False, timed(140.0)),
+        Trial({"train.workers": 4}, False, timed(130.0)),
+        Trial({"train.precision": "bf16"}, True, timed(300.0)),
+        Trial({"train.threads": 1}, False, timed(50.0)),
+        Trial({"train.accumulate": 2}, False, timed(101.0)),
+        Trial({"train.compile": True}, False, None, "no time"),
+    ]
+    assert helpful(trials, timed(100.0)) == {"train.workers": 2}
+
+
+def test_micro_batches_double_and_show_the_same_images(built: Built) -> None:
+    assert list(micro_batches(3, 30)) == [3, 6, 12, 24]
+    host = built.parts.batches()[0]
+    twice = repeated(host, 19)
+    assert twice.views[0].shape == (19, *host.views[0].shape[1:])
+    assert torch.equal(twice.views[0][8:16], host.views[0])
+    assert twice.positions.tolist() == list(range(19))
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits(built: Built) -> None:
+    host, seen = built.parts.batches()[0], list[int]()
+
+    def backward(hosts: list[Any], place: Any) -> None:
+        seen.append(len(hosts[0].ids))
+        if len(hosts[0].ids) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    limited = replace(built, backward=backward)  # type: ignore[arg-type]
+    found = bench_trials.largest_micro_batch(limited, host, 8, lambda: True)
+    assert found and found[0] == 32 and seen == [8, 16, 32, 64]
+    assert bench_trials.largest_micro_batch(limited, host, 64, lambda: True) is None
+    seen.clear()
+    assert (bench_trials.largest_micro_batch(limited, host, 8, lambda: False) or (0,))[0] == 8
+
+
+def test_a_batch_that_does_not_fit_is_cut(built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(made: Built, other: Recipe, seconds: float) -> Timed:
+        if other.train.accumulate < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return timed(1.0)
+
+    monkeypatch.setattr(subject, "time_steps", steps)
+    notes: list[str] = []
+    own, _ = fitting(built, recipe, 1.0, Budget(60.0), notes)
+    assert own.train.accumulate == 4 and own.train.batch_size == 8
+    assert "8 images at once do not fit in memory" in notes[0] and "train.accumulate 4" in notes[1]
+    with pytest.raises(UsageError, match="do not fit in the GPU's memory"):
+        fitting(replace(built, accelerator=SimpleNamespace(num_processes=2)), recipe, 1.0, Budget(60.0), notes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("compute", "loader", "batch"), [(0.001, 1e6, 64), (0.1, 1e6, 16), (0.001, 10.0, 16), (100.0, 1e6, 2)]
+)
+def test_a_step_that_takes_too_long_is_cut(
+    built: Built, recipe: Recipe, compute: float, loader: float, batch: int
+) -> None:
+    """A twentieth of a second an image leave room for 20 of them in a thirtieth of a minute, by halves 16."""
+    own = measured_as(built, changed(recipe, {"train.batch_size": 64}), compute, loader, 60.0)
+    assert (own.train.batch_size, own.train.accumulate) == (batch, 1)
+
+
+def test_compiling_is_left_out_of_the_budget() -> None:
+    now = [0.0]
+    budget = Budget(60.0, lambda: now[0])
+    now[0] = 50
+    budget.excuse(30)
+    budget.excuse(-5)
+    assert budget.left == 40
+
+
+def test_what_comes_every_so_many_steps(built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = built.parts.batches()[0]
+    found = cadence(built, changed(recipe, {"train.save_every": 1000}), host, 1e6, 10.0)
+    assert all(value is not None and value > 0 for value in found.values())
+    rare = cadence(built, changed(recipe, {"eval.every": 10**9}), host, 1e6, 10.0)["evaluation"]
+    assert rare is not None and found["evaluation"] is not None and 0 < rare < found["evaluation"] / 1000
+    assert cadence(built, recipe, host, 1.0, 10.0)["evaluation"] is None  # too slow to be tried
+    assert not recipe.run_dir.exists()
+
+
+def test_a_few_images_tell_of_a_long_evaluation(built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """120 images at a second each and 5 for the start, seen in 30 and in 60 of them."""
+    clock = Clock(0.0)
+    monkeypatch.setattr("selfsight.bench_cadence.time", SimpleNamespace(perf_counter=clock))
+
+    def score(self: Any, encoder: Any, device: Any) -> dict[str, float]:
+        clock.now += 5 + len(self.ids)
+        return {}
+
+    monkeypatch.setattr("selfsight.eval.online.OnlineHealth.score", score)
+    found = cadence(built, changed(recipe, {"eval.every": 1}), built.parts.batches()[0], 60.0, 1.0)
+    assert found["evaluation"] == pytest.approx(125)
+
+
+KEYS = {
+    "recipe", "hardware", "ranks", "threads", "precision", "batch_size", "timed_batch_size", "images_per_second", "spread",
+    "step_seconds", "share", "cadence", "loader", "flops_per_image", "matmul_peak", "mfu", "memory", "steps", "epochs", "images",
+    "hours", "hours_per_million_images", "bound", "trials", "command", "faster", "notes",
+}  # fmt: skip
+
+
+@pytest.fixture
+def words(small_fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr("selfsight.speed.SIDE", {"cpu": 256})
+    given = small_fields | {"train.threads": 1}
+    return ["bench", "digits/mae", *as_words(given)]
+
+
+def test_the_command_prints_one_object_and_writes_nothing(
+    words: list[str], small_fields: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        subject, "candidates", lambda recipe, now: [{"train.accumulate": 2}, {"train.precision": "bf16"}]
+    )
+    data = Path(small_fields["data.train"])
+    before = sorted((path, path.stat().st_mtime_ns) for path in data.rglob("*"))
+    assert cli.main([*words, "--json", "--seconds", "2"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == KEYS
+    assert set(told["share"]) == set(PHASES) and sum(told["share"].values()) == pytest.approx(1, abs=1e-3)
+    assert [trial["change"] for trial in told["trials"]] == [{"train.accumulate": 2}, {"train.precision": "bf16"}]
+    assert all("ratio" in trial or trial["why_not"].startswith("no time") for trial in told["trials"])
+    assert told["steps"] == 6 and told["images"] == 48
+    assert not Path(small_fields["run_dir"]).exists()
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in data.rglob("*"))
+
+
+def test_random_images_need_no_data(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "candidates", lambda recipe, now: [])
+    given = [
+        "--data.train",
+        "/nowhere/x.tar",
+        "--eval.train",
+        "/nowhere/y.tar",
+        "--train.steps",
+        "null",
+        "--train.epochs",
+        "2",
+    ]
+    assert cli.main([*words, *given, "--synthetic", "--json", "--seconds=1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["hours"] is None and told["epochs"] is None and told["hours_per_million_images"] > 0
+    assert "random images" in told["notes"][0]
+    assert cli.main([*words, *given, "--json"]) == 65
+    assert "/nowhere/x.tar" in capsys.readouterr().err
+
+
+def test_random_images_are_as_large_as_they_are_asked_for(recipe: Recipe) -> None:
+    small = Shards(str(synthetic(recipe.data, recipe.encoder)))
+    assert len(small) == SAMPLES
+    from selfsight.data.decode import decode
+
+    assert decode(small.read(100_000), Form(1)).shape == (1, 8, 8)
+    assert small.read(0) != small.read(1) and small.read(0) == small.read(64)
+    with pytest.raises(UsageError, match="8 bits with 1 or 3 channels"):
+        synthetic(recipe.data, recipe.encoder.model_copy(update={"channels": 5}))
+
+
+def test_wrong_words_are_told_as_by_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "digits/mea"]) == 2
+    assert "no such recipe; nearest: recipes/digits/mae.yaml" in capsys.readouterr().err
+    assert cli.main(["bench", "digits/mae", "--train.worker", "1"]) == 2
+    assert "did you mean train.workers" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "digits/mae", "--seconds", "soon"])
+    assert "'soon' is not a whole number" in capsys.readouterr().err
+
+
+def test_an_interruption_ends_it_at_once(
+    words: list[str], small_fields: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        try:
+            yield from ()
+            raise KeyboardInterrupt
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr("selfsight.bench_step.feed", interrupted)
+    assert cli.main(words) == 130
+    assert closed and "interrupted" in capsys.readouterr().err
+    assert not Path(small_fields["run_dir"]).exists()
+
+
+def test_two_ranks_time_one_run(launcher: Any, small_fields: dict[str, Any]) -> None:
+    fields = small_fields | {"train.threads": 1, "train.timeout": 20}
+    job = launcher.start(["bench", "digits/mae", *as_words(fields), "--json", "--seconds", "2"], 2)
+    assert job.wait(60) == [0, 0], job.told()
+    told = json.loads(job.told(0))
+    assert told["ranks"] == 2 and told["batch_size"] == 8
+    assert 0 <= told["share"]["communication"] < 1
+    assert "{" not in job.told(1)
+    assert not Path(small_fields["run_dir"]).exists()

@@ -309,7 +309,13 @@ def test_what_helps_is_the_best_of_each_that_learns_the_same() -> None:
         Trial({"train.accumulate": 2}, False, timed(101.0)),
         Trial({"train.compile": True}, False, None, "no time"),
     ]
-    assert helpful(trials, timed(100.0)) == {"train.workers": 2}
+    base = timed(100.0)
+    assert helpful(trials, base) == {"train.workers": 2}
+    trials.append(Trial({"train.compile": True}, False, timed(120.0)))
+    both = {"train.workers": 2, "train.compile": True}
+    assert helpful(trials, base) == both
+    assert helpful([*trials, Trial(both, False, timed(130.0))], base) == {"train.workers": 2}
+    assert helpful([*trials, Trial(both, False, timed(150.0))], base) == both
 
 
 def test_micro_batches_double_and_show_the_same_images(built: Built) -> None:

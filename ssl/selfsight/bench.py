@@ -26,7 +26,6 @@ from selfsight.bench_trials import (
     free,
     helpful,
     largest_micro_batch,
-    rebuilt_for,
     run,
 )
 from selfsight.console import Bar, progress
@@ -226,10 +225,14 @@ def first_look(recipe: Recipe, accelerator: Accelerator) -> Probe:
     parts = assemble(recipe, accelerator.device)
     batches = parts.batches(accelerator.process_index, accelerator.num_processes)
     images = min(LOOKS[accelerator.device.type], recipe.train.batch_size // recipe.train.accumulate // batches.world)
-    try:
-        return probe(parts, accelerator, replace(batches, batch_size=images * batches.world, accumulate=1)[0])
-    finally:
-        del parts
+    while True:
+        try:
+            return probe(parts, accelerator, replace(batches, batch_size=images * batches.world, accumulate=1)[0])
+        except torch.OutOfMemoryError:
+            if images < 4 or batches.world > 1:
+                raise UsageError("train.device: the model does not fit in the GPU's memory with two images") from None
+            images //= 2
+            parts.optimizer.zero_grad()
         free()
 
 
@@ -328,7 +331,7 @@ def try_all(
         bar(0, ", ".join(f"{name} {value}" for name, value in change.items()))
         begun, seconds = budget.clock(), max(budget.left / (others + 2), LEAST * base.step_seconds)
         trial = run(built, recipe, change, seconds)
-        if rebuilt_for(change) and (recipe.train.compile or "train.compile" in change):
+        if recipe.train.compile or "train.compile" in change:
             budget.excuse(budget.clock() - begun - seconds)
         return trial
 

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plugins, changes = fields.pop("plugin", None), fields.pop("allow-change", "")
         options = build_parser().parse_args(words)
         options.fields, options.allow_change = fields, tuple(filter(None, changes.split(",")))
+        options.plugins = plugins
         if named := plugins or getattr(options, "plugin", None):
             from selfsight.objectives import load_plugin
 
@@ -412,7 +413,8 @@ def _bench(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     from selfsight.bench import Wish, bench
 
-    given = [f"--{name} {shlex.quote(value)}" for name, value in options.fields.items()]
+    plugins = {"plugin": options.plugins} if options.plugins else {}
+    given = [f"--{name} {shlex.quote(value)}" for name, value in (plugins | options.fields).items()]
     told = " ".join([shlex.quote(options.recipe), *given])
     wish = Wish(options.seconds, options.synthetic, options.compile, told)
     return bench(recipe, wish, as_json=options.json)

@@ -14,6 +14,7 @@ from selfsight.data.loader import HostBatch
 from selfsight.data.mixture import Samples
 from selfsight.objectives.base import Loss, Objective
 from selfsight.past import Past
+from selfsight.sharding import whole
 
 MOST, WINDOW = 3, 100  # so many bad steps in so many are left out; one more ends the run
 BUNDLES = 20  # records that are written in one start of a run
@@ -21,7 +22,7 @@ BUNDLES = 20  # records that are written in one start of a run
 
 def gradient_norm(trained: list[nn.Parameter]) -> Tensor:
     """Norm of the gradient, which is summed over the ranks by now."""
-    return get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    return whole(get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
 
 
 def all_finite(losses: list[Loss], norm: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from selfsight.encoder import PLANE_TABLES, Encoder
 from selfsight.errors import UsageError
 from selfsight.recipe import OptimConfig
+from selfsight.sharding import local
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
@@ -72,6 +73,6 @@ def _scale(name: str, encoder: Encoder, decay: float) -> float:
 @torch.no_grad()
 def move_average(average: nn.Module, live: nn.Module, decay: float) -> None:
     """average = decay * average + (1 - decay) * live, for all parameters and floating buffers, in place."""
-    theirs = [tensor.detach() for tensor in live.state_dict().values() if tensor.is_floating_point()]
-    ours = [tensor for tensor in average.state_dict().values() if tensor.is_floating_point()]
+    theirs = [local(tensor.detach()) for tensor in live.state_dict().values() if tensor.is_floating_point()]
+    ours = [local(tensor) for tensor in average.state_dict().values() if tensor.is_floating_point()]
     torch._foreach_lerp_(ours, theirs, 1 - decay)

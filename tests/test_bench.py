@@ -159,8 +159,8 @@ def test_communication_is_what_the_backward_pass_saves_without_it() -> None:
 
 def test_operations_do_not_depend_on_what_is_done_again(recipe: Recipe) -> None:
     counted = []
-    for again in (False, True):
-        other = changed(recipe, {"train.checkpoint_blocks": again})
+    for again in (0, 1):
+        other = changed(recipe, {"train.checkpoint_blocks": bool(again)})
         parts = subject.assemble(other, CPU)
         counted.append(probe(parts, join(other), parts.batches()[0]).flops_per_image)
         assert all(parameter.grad is None for parameter in parts.objective.parameters())
@@ -175,7 +175,7 @@ def test_the_loader_alone(built: Built, recipe: Recipe) -> None:
 
 def found_of(recipe: Recipe, **other: Any) -> Found:
     given: dict[str, Any] = {
-        "recipe": recipe, "told": "digits/mae", "hardware": "abacus", "ranks": 2, "threads": 1, "workers": 3, "half": False,
+        "recipe": recipe, "told": "digits/mae", "hardware": "abacus", "ranks": 2, "threads": 1, "workers": 3, "precision": "fp32",
         "timed": 8, "base": timed(100.0), "every": {"evaluation": 0.02, "logging": 0.0, "saving": None}, "loader": 50.0,
         "flops_per_image": 2e9, "peak": 4e11, "memory": 4 * 2**30, "steps": 1000, "epochs": 8.0, "trials": [], "best": {},
         "notes": [],
@@ -214,11 +214,11 @@ def test_a_person_reads_what_a_script_does(recipe: Recipe, capsys: pytest.Captur
     assert "25.0%: 2 GFLOP an image" in rows["MFU"]
 
 
-EVERYWHERE = Situation(True, 8, 4, 2, False, True, True, True, True)
+EVERYWHERE = Situation(True, 8, 4, 2, "fp32", True, True, True, True)
 
 
 @pytest.mark.parametrize(
-    "now", [EVERYWHERE, EVERYWHERE._replace(gpu=False), EVERYWHERE._replace(bf16=True, jpegs=False)]
+    "now", [EVERYWHERE, EVERYWHERE._replace(gpu=False), EVERYWHERE._replace(precision="bf16", jpegs=False)]
 )
 def test_a_trial_differs_in_its_switch_alone(recipe: Recipe, now: Situation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_trials, "require_decoder", lambda: None)
@@ -247,7 +247,11 @@ def test_only_what_may_help_is_tried(recipe: Recipe) -> None:
     assert "data.repeat" not in names_tried(recipe, data_bound=False)
     assert "data.fast_decode" not in names_tried(recipe, jpegs=False)
     assert "train.batch_size" not in names_tried(recipe, whole=False)
-    assert "train.precision" not in names_tried(recipe, bf16=True)
+    assert "train.cuda_graphs" not in names_tried(recipe)
+    assert "train.cuda_graphs" in names_tried(changed(recipe, {"train.compile": True}))
+    assert "train.checkpoint_blocks" not in names_tried(recipe)
+    assert {"train.precision": "tf32"} in candidates(recipe, EVERYWHERE)
+    assert {"train.precision": "fp32"} in candidates(recipe, EVERYWHERE._replace(gpu=False, precision="bf16"))
     assert candidates(recipe, EVERYWHERE._replace(gpu=False, workers=1, cores=2))[:2] == [
         {"train.workers": 0},
         {"train.workers": 2},
@@ -355,7 +359,9 @@ def test_a_batch_that_does_not_fit_is_cut(built: Built, recipe: Recipe, monkeypa
     assert own.train.accumulate == 4 and own.train.batch_size == 8
     assert "8 images at once do not fit in memory" in notes[0] and "train.accumulate 4" in notes[1]
     with pytest.raises(UsageError, match="do not fit in the GPU's memory"):
-        fitting(replace(built, accelerator=SimpleNamespace(num_processes=2)), recipe, 1.0, Budget(60.0), notes)  # type: ignore[arg-type]
+        fitting(
+            replace(built, accelerator=SimpleNamespace(num_processes=2, device=CPU)), recipe, 1.0, Budget(60.0), notes
+        )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from selfsight.assemble import Parts, assemble
+from selfsight.backward import Averaged
 from selfsight.bench_cadence import cadence
 from selfsight.bench_step import Built, Probe, Timed, build, changed, loader_rate, probe, time_steps, with_communication
 from selfsight.bench_table import as_object, show
@@ -36,8 +37,9 @@ from selfsight.data.synthetic import synthetic
 from selfsight.doctor import faster_data
 from selfsight.errors import PeerLost, UsageError
 from selfsight.exports.card import hardware_of
-from selfsight.memory import total_memory
+from selfsight.footprint import total_memory
 from selfsight.peers import Peers
+from selfsight.precision import resolve
 from selfsight.processes import agree, join, loader_workers, of_all_ranks
 from selfsight.recipe import Recipe
 from selfsight.speed import matmul_peak
@@ -104,7 +106,7 @@ def bench(recipe: Recipe, wish: Wish = PLAIN, as_json: bool = False) -> int:
         notes.append("random images instead of the recipe's data: how fast those are read is not known; no evaluation")
     accelerator = join(recipe)
     if recipe.train.compile and accelerator.device.type == "cpu" and not wish.compiles:
-        recipe = changed(recipe, {"train.compile": False})
+        recipe = changed(recipe, {"train.compile": False, "train.cuda_graphs": False})
         notes.append("train.compile is left out, since it takes a minute on a CPU; --compile times it")
     with Peers(accelerator, recipe.train.timeout) as peers:
         try:
@@ -131,8 +133,7 @@ class Found(NamedTuple):
     ranks: int
     threads: int
     workers: int
-    half: bool
-    """Whether it computes in bf16."""
+    precision: str
     timed: int
     """Images of the steps that were timed."""
     base: Timed
@@ -171,10 +172,10 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         notes: what the user should know; more are added.
     """
     budget, device, seconds = Budget(wish.seconds), accelerator.device, wish.seconds
-    half, threads = accelerator.mixed_precision == "bf16", torch.get_num_threads()
+    precision, threads = resolve(recipe.train.precision, device), torch.get_num_threads()
     with progress("timing", 100, quiet=not accelerator.is_main_process) as bar:
         bar(0, "the machine")
-        peak = matmul_peak(device, torch.bfloat16 if half else torch.float32, PEAK * seconds)
+        peak = matmul_peak(device, torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32, PEAK * seconds)
         bar(5, "the model")
         look = first_look(recipe, accelerator)
         built = build(recipe, accelerator, threads)
@@ -184,14 +185,14 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         own = measured_as(built, recipe, look.seconds_per_image, loader, seconds)
         bar(5, "the recipe as it is")
         own, base = fitting(built, own, BASE * seconds, budget, notes)
-        if built.world > 1 and not recipe.train.deterministic:
+        if built.world > 1 and isinstance(built.backward, Averaged):
             base = with_communication(base, time_steps(built, own, ALONE * seconds, alone=True))
         bar(20, "evaluation and saving")
         every = cadence(
             built, recipe, host, base.images_per_second / built.world, 0.0 if wish.synthetic else SCORING * seconds
         )
         bar(5, "switches")
-        now = situation(built, recipe, own, base, half, wish.compiles)
+        now = situation(built, recipe, own, base, wish.compiles)
         if now.data_bound and not wish.synthetic:
             notes.append(f"training waits for data: {faster_data(built.parts, built.parts.batches())}")
         steps, epochs = built.parts.steps, built.parts.epoch(built.parts.steps)
@@ -214,7 +215,7 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         trials = [one._replace(timed=one.timed.scaled(batch)) if one.timed else one for one in trials]
     unknown = wish.synthetic and recipe.train.steps is None
     return Found(
-        recipe, wish.told, hardware_of(device), accelerator.num_processes, recipe.train.threads or threads, now.workers, half,
+        recipe, wish.told, hardware_of(device), accelerator.num_processes, recipe.train.threads or threads, now.workers, precision,
         images, base, every, loader * accelerator.num_processes, look.flops_per_image, peak,
         total_memory(device), None if unknown else steps, None if wish.synthetic else epochs, trials, helpful(trials, base), notes,
     )  # fmt: skip
@@ -222,7 +223,7 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
 
 def first_look(recipe: Recipe, accelerator: Accelerator) -> Probe:
     """Two passes of a model of its own, before DDP knows one."""
-    parts = assemble(recipe, accelerator.device)
+    parts = assemble(recipe, accelerator.device, world=accelerator.num_processes)
     batches = parts.batches(accelerator.process_index, accelerator.num_processes)
     images = min(LOOKS[accelerator.device.type], recipe.train.batch_size // recipe.train.accumulate // batches.world)
     while True:
@@ -290,7 +291,7 @@ def fitting(built: Built, recipe: Recipe, seconds: float, budget: Budget, notes:
     return recipe, timed
 
 
-def situation(built: Built, recipe: Recipe, own: Recipe, base: Timed, half: bool, compiles: bool) -> Situation:
+def situation(built: Built, recipe: Recipe, own: Recipe, base: Timed, compiles: bool) -> Situation:
     """What decides which switches are tried; the same on every rank."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ours = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -301,7 +302,7 @@ def situation(built: Built, recipe: Recipe, own: Recipe, base: Timed, half: bool
         cores=min(of_all_ranks(built.accelerator, ours)),
         threads=recipe.train.threads or built.threads,
         workers=loader_workers(recipe),
-        bf16=half,
+        precision=resolve(recipe.train.precision, built.device),
         data_bound=bound,
         whole=own.train.batch_size == recipe.train.batch_size,
         jpegs=jpegs,

@@ -7,6 +7,7 @@ from selfsight.bench_step import Built
 from selfsight.checkpoint import Tensors
 from selfsight.collapse import CollapseWatch
 from selfsight.data.loader import HostBatch
+from selfsight.encoder import Encoder
 from selfsight.eval.online import Online, OnlineHealth, OnlineKNN, watcher
 from selfsight.past import Past
 from selfsight.processes import loader_workers
@@ -34,8 +35,9 @@ def cadence(built: Built, recipe: Recipe, host: HostBatch, rate: float, seconds:
         rate: images per second of training on one rank.
         seconds: that evaluating may take.
     """
-    logged, saved = _logging(built, host), _saving(built)
-    scored = _evaluation(built, recipe, rate, seconds) if built.accelerator.is_main_process else None
+    logged, saved, main = _logging(built, host), _saving(built), built.accelerator.is_main_process
+    encoder = built.parts.scored_whole(main)
+    scored = _evaluation(built, encoder, recipe, rate, seconds) if encoder and main else None
     train = recipe.train
     return {
         "evaluation": None if scored is None else scored / recipe.eval.every,
@@ -61,19 +63,20 @@ def _logging(built: Built, host: HostBatch) -> float:
 
 def _saving(built: Built) -> float:
     """Of one checkpoint, as far as training waits for it."""
-    if not built.accelerator.is_main_process:
-        return 0.0
-    folder = built.parts.recipe.run_dir
+    parts, main = built.parts, built.accelerator.is_main_process
+    folder = parts.recipe.run_dir
     saver = Unwritten(folder / "checkpoints", 2, None, folder / "metrics.jsonl")
     synchronize(built.device)
     begun = time.perf_counter()
-    saver.save(1, built.parts.state(), built.parts.tensors(), wait=False)
+    tensors = parts.tensors(main) if main or parts.sharded else {}  # of shards all ranks have a part
+    if main:
+        saver.save(1, parts.state(), tensors, wait=False, owned=parts.sharded)
     taken = time.perf_counter() - begun
     saver.finish()
     return taken
 
 
-def _evaluation(built: Built, recipe: Recipe, rate: float, seconds: float) -> float | None:
+def _evaluation(built: Built, encoder: Encoder, recipe: Recipe, rate: float, seconds: float) -> float | None:
     """Of one online score: of fewer images where it would take too long, in proportion to their number."""
     config, samples, workers = recipe.eval, built.parts.shards, loader_workers(recipe)
     whole = watcher(config, samples, workers)
@@ -88,7 +91,7 @@ def _evaluation(built: Built, recipe: Recipe, rate: float, seconds: float) -> fl
     taken = []
     for online in some:
         begun = time.perf_counter()
-        online.score(built.parts.scored, built.device)
+        online.score(encoder, built.device)
         taken.append(time.perf_counter() - begun)
     if len(taken) == 1:
         return taken[0]

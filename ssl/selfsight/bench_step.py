@@ -14,19 +14,20 @@ from accelerate import Accelerator
 from torch import nn
 
 from selfsight.assemble import Parts, assemble
-from selfsight.backward import Averaged, Canonical
+from selfsight.backward import Averaged, Canonical, Sharded
 from selfsight.data.feed import AHEAD, affordable_workers, feed
 from selfsight.data.loader import HostBatch
 from selfsight.data.placer import Batch, sent
 from selfsight.encoder import Encoder
-from selfsight.finite import all_finite, gradient_norm
-from selfsight.memory import forget_peak, peak_memory
+from selfsight.finite import BadSteps, Step, gradient_norm
+from selfsight.footprint import forget_peak, peak_memory
 from selfsight.objectives.base import Loss
-from selfsight.processes import agree, loader_workers
+from selfsight.processes import loader_workers
 from selfsight.recipe import Recipe, merge, validate
 from selfsight.speed import count_flops, synchronize
 from selfsight.timeline import Timeline
 from selfsight.train import update
+from selfsight.verdict import Verdicts, may_be_late
 
 PHASES = ("data", "transfer", "forward", "backward", "optimizer", "communication")
 LOOK = 64  # images of a batch by which the loader alone is timed
@@ -42,7 +43,7 @@ class Built:
 
     parts: Parts
     accelerator: Accelerator
-    backward: Averaged | Canonical
+    backward: Averaged | Sharded | Canonical
     trained: list[nn.Parameter]
     threads: int
     """CPU threads of torch as the machine gives them."""
@@ -125,9 +126,9 @@ def build(recipe: Recipe, accelerator: Accelerator, threads: int) -> Built:
     Raises:
         UsageError, DataError: as `assemble`.
     """
-    parts = assemble(recipe, accelerator.device)
-    cut = recipe.train.deterministic
-    backward = Canonical(parts.objective, accelerator, cut) if cut else Averaged(parts.objective, accelerator)
+    parts = assemble(recipe, accelerator.device, world=accelerator.num_processes)
+    cut, summed = recipe.train.deterministic, Sharded if parts.sharded else Averaged
+    backward = Canonical(parts.objective, accelerator, cut) if cut else summed(parts.objective, accelerator)
     trained = [parameter for parameter in parts.objective.parameters() if parameter.requires_grad]
     return Built(parts, accelerator, backward, trained, threads)
 
@@ -157,7 +158,7 @@ def probe(parts: Parts, accelerator: Accelerator, host: HostBatch) -> Probe:
 
     try:
         for encoder in encoders:
-            encoder.checkpoint_blocks = False
+            encoder.checkpoint_blocks = 0
         with torch.compiler.set_stance("force_eager"):  # compiled blocks hide their operations
             counted = count_flops(work)
             begun = time.perf_counter()
@@ -167,6 +168,13 @@ def probe(parts: Parts, accelerator: Accelerator, host: HostBatch) -> Probe:
         for encoder, again in zip(encoders, before, strict=True):
             encoder.checkpoint_blocks = again
     return Probe(counted / len(host.ids), (time.perf_counter() - begun) / len(host.ids))
+
+
+class Unrecorded(BadSteps):
+    """Bad steps are left out as in training, and nothing is written or counted."""
+
+    def leave_out(self, bad: Step) -> str:
+        return ""
 
 
 class Stepper:
@@ -182,8 +190,11 @@ class Stepper:
         self.parts = replace(built.parts, recipe=recipe)
         self.place, self.done = self.parts.placer(built.device), 0
         # The parts of a deterministic step run side by side: where one is cannot be told.
-        self.one = isinstance(built.backward, Averaged)
+        self.one = not isinstance(built.backward, Canonical)
         self.model = built.backward.model if alone and isinstance(built.backward, Averaged) else None
+        self.bad = Unrecorded(self.parts, built.accelerator.process_index)
+        self.verdicts = Verdicts(built.accelerator, self.bad)
+        self.late = may_be_late(built.device, self.parts.objective, self.parts.optimizer)
         self.hook = built.parts.objective.register_forward_hook(self._forward_done) if self.one else None
 
     def close(self) -> None:
@@ -197,6 +208,7 @@ class Stepper:
         """One step as `train` takes it; the next batches, and whether any rank says that it is over."""
         built, parts = self.built, self.parts
         self.timeline.mark("transfer" if self.one else "backward")
+        self.bad.keep()
         with built.accelerator.no_sync(self.model) if self.model is not None else nullcontext():
             losses = built.backward(hosts, self._placed)
         self.timeline.mark("optimizer")
@@ -204,17 +216,19 @@ class Stepper:
         self.timeline.mark("data")
         hosts = more()
         self.timeline.mark("optimizer")
-        finite = all_finite(losses, norm)
-        broken, over = agree(built.accelerator, [not finite, over])
-        if broken:
-            parts.objective.forget_step()
+        ended = self.verdicts.open is not None and self.verdicts.hear().endings[0]
+        told, number = self.verdicts.ask(Step(self.done + 1, [], losses, norm), [over]), self.done % parts.steps
+        if self.late:
+            self.bad.put_back(told)
+            update(parts, number, built.trained, norm, told)
         else:
-            update(parts, self.done % parts.steps, built.trained, norm)
+            broken, _, [ended] = self.verdicts.hear()
+            self.bad.undo() if broken else update(parts, number, built.trained, norm)
         parts.optimizer.zero_grad()
         built.backward.forget()
         self.done += 1
         self.timeline.step("optimizer")
-        return hosts, over
+        return hosts, ended
 
     def _placed(self, host: HostBatch) -> Batch:
         if self.one:

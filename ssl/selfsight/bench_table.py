@@ -33,7 +33,7 @@ def as_object(found: "Found") -> dict[str, Any]:
         "hardware": found.hardware,
         "ranks": found.ranks,
         "threads": found.threads,
-        "precision": "bf16" if found.half else "fp32",
+        "precision": found.precision,
         "batch_size": recipe.train.batch_size,
         "timed_batch_size": found.timed,
         "images_per_second": round(base.images_per_second, 2),

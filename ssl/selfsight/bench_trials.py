@@ -13,7 +13,8 @@ from selfsight.data import jpeg
 from selfsight.data.device_jpeg import require_decoder
 from selfsight.data.loader import HostBatch
 from selfsight.errors import DataError, UsageError
-from selfsight.memory import forget_peak, peak_memory
+from selfsight.footprint import forget_peak, peak_memory
+from selfsight.precision import resolve, set_products
 from selfsight.processes import join
 from selfsight.recipe import Recipe
 from selfsight.run_folder import differences
@@ -31,7 +32,8 @@ class Situation(NamedTuple):
     """Of this rank."""
     threads: int
     workers: int
-    bf16: bool
+    precision: str
+    """As it is resolved on the device."""
     data_bound: bool
     whole: bool
     """Whether steps are timed with the recipe's own batch."""
@@ -62,7 +64,13 @@ def _threads(recipe: Recipe, now: Situation) -> list[Any]:
 
 
 def _precision(recipe: Recipe, now: Situation) -> list[Any]:
-    return [] if now.gpu and now.bf16 else ["fp32" if now.bf16 else "bf16"]
+    of_gpu = {"fp32": ["tf32", "bf16"], "tf32": ["bf16"], "bf16": ["fp8"], "fp8": ["bf16"]}
+    return of_gpu[now.precision] if now.gpu else ["fp32" if now.precision == "bf16" else "bf16"]
+
+
+def _cuda_graphs(recipe: Recipe, now: Situation) -> list[Any]:
+    train = recipe.train
+    return [not train.cuda_graphs] if now.gpu and train.compile and train.accumulate == 1 else []
 
 
 def _compile(recipe: Recipe, now: Situation) -> list[Any]:
@@ -70,7 +78,7 @@ def _compile(recipe: Recipe, now: Situation) -> list[Any]:
 
 
 def _checkpoint_blocks(recipe: Recipe, now: Situation) -> list[Any]:
-    return [not recipe.train.checkpoint_blocks] if now.gpu or recipe.train.checkpoint_blocks else []
+    return ["auto"] if recipe.train.checkpoint_blocks is True else []  # which leaves out what memory has room for
 
 
 def _accumulate(recipe: Recipe, now: Situation) -> list[Any]:
@@ -112,6 +120,7 @@ SWITCHES: dict[str, Switch] = {
     "train.precision": Switch(_precision, rebuilt=True),
     "train.accumulate": Switch(_accumulate),
     "train.batch_size": Switch(_batch_size),
+    "train.cuda_graphs": Switch(_cuda_graphs, rebuilt=True),
     "train.checkpoint_blocks": Switch(_checkpoint_blocks, rebuilt=True),
     "train.workers": Switch(_workers, data=True),
     "data.fast_decode": Switch(_fast_decode, data=True),
@@ -173,6 +182,8 @@ def run(built: Built, recipe: Recipe, change: Mapping[str, Any], seconds: float)
         del made
         if rebuilt:
             free()
+            if built.device.type == "cuda":  # TF32 is a switch of the process
+                set_products(resolve(recipe.train.precision, built.device))
 
 
 def free() -> None:

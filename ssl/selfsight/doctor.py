@@ -33,7 +33,7 @@ from selfsight.data.placer import normalize
 from selfsight.data.samples import LISTED
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError, StorageError
-from selfsight.memory import free_memory
+from selfsight.footprint import free_memory
 from selfsight.optim import set_rates
 from selfsight.processes import join, loader_workers
 from selfsight.recipe import Recipe, load

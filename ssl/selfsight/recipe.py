@@ -192,6 +192,9 @@ class TrainConfig(Section):
     """CPU threads of torch in each rank; null: torch's choice, all cores. Tiny models are faster with 1."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a running average of the encoder's weights, which is then what is scored and exported; null: none."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """What several processes share: the batch (ddp), or also weights, gradients and moments (fsdp: less memory, half as much
+    again to send); auto: fsdp for encoders from 1e9 parameters on several GPUs."""
     deterministic: int = Field(0, ge=0)
     """Parts into which a batch is cut, a power of two (8 is usual), whose gradients are summed along one tree: the same weights
     bit for bit on every number of ranks that divides it. 0: off, faster."""
@@ -224,6 +227,8 @@ class TrainConfig(Section):
             raise ValueError(
                 "cuda_graphs: gradients and blocks must not outlive a replay; leave out accumulate and checkpoint_blocks"
             )
+        if self.deterministic and self.parallel == "fsdp":
+            raise ValueError("deterministic and parallel fsdp: shards are not summed along one tree; choose ddp")
         if self.deterministic & (self.deterministic - 1):
             raise ValueError(f"deterministic {self.deterministic} is not a power of two")
         if self.deterministic and self.batch_size % (self.accumulate * self.deterministic):

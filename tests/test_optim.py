@@ -124,3 +124,13 @@ def test_a_rate_falls_along_blocks_or_not_at_all(name: str) -> None:
     assert {group["scale"] for group in groups} == {1.0}
     with pytest.raises(UsageError, match=f"optim.layer_decay: {name} has no plain sequence of blocks"):
         build_optimizer(objective, encoder, OptimConfig(layer_decay=0.75))
+
+
+def test_adamw_is_fused_where_the_device_has_it() -> None:
+    encoder = build_encoder(ENCODER, preprocessing_of(DataConfig(train="x"), ENCODER), 0)
+    objective = build_objective(MAEConfig(decoder_width=8, decoder_depth=1, decoder_heads=2, view=View()), encoder)
+    found = []
+    for device in ("cpu", "meta"):  # the latter stands for a device without such a kernel
+        optimizer = build_optimizer(objective.to(device), encoder, OptimConfig())
+        found += [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
+    assert found == [(True, None)] * 2 + [(None, True)] * 2

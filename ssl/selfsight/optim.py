@@ -1,5 +1,7 @@
 """AdamW's parameter groups, the learning rate as a function of the step, and the running average of weights."""
 
+from collections.abc import Sequence
+from itertools import chain
 from math import cos, pi
 
 import torch
@@ -9,6 +11,8 @@ from selfsight.encoder import PLANE_TABLES, Encoder
 from selfsight.errors import UsageError
 from selfsight.recipe import OptimConfig
 from selfsight.sharding import local
+
+FUSED = ("cuda", "cpu", "mps", "xpu")  # devices whose AdamW torch has as one kernel
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
@@ -44,7 +48,12 @@ def build_optimizer(objective: nn.Module, encoder: Encoder, config: OptimConfig)
         {"params": members, "weight_decay": config.weight_decay * decayed, "decayed": decayed, "scale": scale}
         for (decayed, scale), members in groups.items()
     ]
-    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, **kernel([*chain(*groups.values())]))
+
+
+def kernel(parameters: Sequence[Tensor]) -> dict[str, bool]:
+    """AdamW as one kernel where the device has one, for whole tensors or FSDP's shards; else one for each operation."""
+    return {"fused": True} if all(p.device.type in FUSED for p in parameters) else {"foreach": True}
 
 
 def weight_decay_at(step: int, steps: int, config: OptimConfig) -> float:

@@ -36,6 +36,7 @@ from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, MixPart, Recipe, merge, validate
 from selfsight.run_folder import differences
 from selfsight.sharding import copy_whole, gathered, is_sharded, load_whole, shard, sharded_by
+from selfsight.switches import switch
 from selfsight.weights import load_weights
 
 
@@ -253,7 +254,6 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
     notes = []
     if recipe.encoder.weights and not checkpoint.steps(recipe.run_dir / "checkpoints"):  # else the checkpoint has them
         notes = load_weights(encoder, recipe.encoder.weights, recipe.encoder.name)
-    encoder.checkpoint_blocks = recipe.train.checkpoint_blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         objective = build_objective(recipe.objective, encoder)
@@ -279,17 +279,10 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
     average = copy.deepcopy(encoder).requires_grad_(False) if recipe.train.ema else None
     train, parameters = recipe.train, sum(parameter.numel() for parameter in encoder.parameters())
     if sharded_by(train.parallel, parameters, world, device.type, bool(train.deterministic)):
-        half = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
-        shard(objective, average, device, half)
+        shard(objective, average, device, ARITHMETIC[resolve(train.precision, device)][0] == "bf16")
     for module in (objective, *([average] if average else [])):
         module.to(device)
-    if recipe.train.compile:
-        # Blocks share their code, and each drop rate, size and grad mode is a graph of its own: more than torch's 8.
-        torch._dynamo.config.recompile_limit = 64
-        for module in objective.modules():
-            if isinstance(module, Encoder):
-                for block in module.blocks:
-                    block.compile()
+    notes += switch(recipe, objective, average, device)
     optimizer = build_optimizer(objective, encoder, recipe.optim)
     return Parts(recipe, shards, encoder, objective, optimizer, average, steps, notes, allow_change)
 

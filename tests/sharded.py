@@ -1,7 +1,8 @@
 """Runs of two gloo ranks, one after the other in the same two processes: `both(jobs, folder)` returns what each rank noted.
 
-A job has a `recipe` and its `fields`; `poison`, a step (from 1) whose loss is not a number on rank 1; and `copy`, a run
-folder whose checkpoint of step 3 it goes on from.
+A job has a `recipe` and its `fields`; `poison`, a step (from 1) whose loss is not a number on rank 1; `late`, to take
+steps before the host knows whether they are good, as on a GPU; and `copy`, a run folder whose checkpoint of step 3 it
+goes on from.
 """
 
 import json
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -68,7 +70,8 @@ def _learn(job: Job, rank: int) -> dict[str, Any]:
     )
     if "poison" in job:
         _poison(parts, job["poison"], rank)
-    train(parts, accelerator)
+    with patch("selfsight.train.may_be_late", lambda *_: "late" in job):
+        train(parts, accelerator)
     trained, moments = list(parts.objective.parameters()), parts.optimizer.state.values()
     noted = {
         "sharded": parts.sharded,

@@ -32,6 +32,7 @@ from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
 from selfsight.optim import build_optimizer
 from selfsight.past import Past
+from selfsight.precision import ARITHMETIC, resolve
 from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, MixPart, Recipe, merge, validate
 from selfsight.run_folder import differences

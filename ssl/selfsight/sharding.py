@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 
-LARGE = 10**9  # parameters of an encoder; below, 16 bytes for each fit every GPU of today, and DDP sends a third less
+LARGE = 10**9  # parameters of an encoder; below, 16 bytes for each fit every GPU of today, and DDP sends once a step
 
 
 def sharded_by(

@@ -13,6 +13,7 @@ from selfsight.objectives.across import world
 from selfsight.objectives.base import Objective, blocks_of
 from selfsight.precision import ARITHMETIC, FP8_MULTIPLE, resolve
 from selfsight.recipe import Recipe
+from selfsight.sharding import is_sharded
 
 
 def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device: torch.device) -> list[str]:
@@ -23,6 +24,9 @@ def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device
     """
     train, notes, images = recipe.train, [], recipe.train.batch_size // (recipe.train.accumulate * world())
     precision = resolve(train.precision, device)
+    sharded = is_sharded(objective)
+    if sharded and (precision == "fp8" or train.cuda_graphs):
+        raise UsageError("train.parallel: fsdp goes with neither fp8 nor cuda_graphs; leave them out, or take ddp")
     if precision == "fp8":
         if images % FP8_MULTIPLE:
             raise UsageError(
@@ -35,7 +39,9 @@ def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device
             )
     depth = recomputable(objective.encoder)
     if train.checkpoint_blocks == "auto":
-        if device.type == "cuda" and depth:
+        if sharded:  # memory is why; and what `measure` looks for, weights that are gathered for a while look like
+            objective.encoder.checkpoint_blocks = depth if device.type == "cuda" else 0
+        elif device.type == "cuda" and depth:
             bf16 = ARITHMETIC[precision][0] == "bf16"
             kept = measure(
                 objective, average, recipe.seed, partial(torch.autocast, "cuda", torch.bfloat16, enabled=bf16)

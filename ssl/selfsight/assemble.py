@@ -280,7 +280,8 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
     average = copy.deepcopy(encoder).requires_grad_(False) if recipe.train.ema else None
     train, parameters = recipe.train, sum(parameter.numel() for parameter in encoder.parameters())
     if sharded_by(train.parallel, parameters, world, device.type, bool(train.deterministic)):
-        shard(objective, average, device, ARITHMETIC[resolve(train.precision, device)][0] == "bf16")
+        half = ARITHMETIC[resolve(train.precision, device)][0] == "bf16"
+        shard(objective, average, device, half)
     for module in (objective, *([average] if average else [])):
         module.to(device)
     notes += switch(recipe, objective, average, device)

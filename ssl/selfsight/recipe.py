@@ -221,14 +221,14 @@ class TrainConfig(Section):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if self.deterministic and self.compile:
             raise ValueError("deterministic and compile: compiled blocks round in another way; choose one")
-        if self.deterministic and self.parallel == "fsdp":
-            raise ValueError("deterministic and parallel fsdp: shards are not summed along one tree; choose ddp")
         if self.cuda_graphs and not self.compile:
             raise ValueError("cuda_graphs: are those of compiled blocks; set compile too")
         if self.cuda_graphs and (self.accumulate > 1 or self.checkpoint_blocks is True):
             raise ValueError(
                 "cuda_graphs: gradients and blocks must not outlive a replay; leave out accumulate and checkpoint_blocks"
             )
+        if self.deterministic and self.parallel == "fsdp":
+            raise ValueError("deterministic and parallel fsdp: shards are not summed along one tree; choose ddp")
         if self.deterministic & (self.deterministic - 1):
             raise ValueError(f"deterministic {self.deterministic} is not a power of two")
         if self.deterministic and self.batch_size % (self.accumulate * self.deterministic):

@@ -23,10 +23,11 @@ def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device
         UsageError: a switch that the device does not have, or that goes with none of these blocks.
     """
     train, notes, images = recipe.train, [], recipe.train.batch_size // (recipe.train.accumulate * world())
-    precision = resolve(train.precision, device)
-    sharded = is_sharded(objective)
+    precision, sharded = resolve(train.precision, device), is_sharded(objective)
     if sharded and (precision == "fp8" or train.cuda_graphs):
-        raise UsageError("train.parallel: fsdp goes with neither fp8 nor cuda_graphs; leave them out, or take ddp")
+        raise UsageError(
+            "train.parallel: fsdp goes with neither precision fp8 nor cuda_graphs; leave them out, or take ddp"
+        )
     if precision == "fp8":
         if images % FP8_MULTIPLE:
             raise UsageError(
@@ -38,10 +39,11 @@ def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device
                 "warning: train.precision fp8 without train.compile: casts are kernels of their own, and cost more than they spare"
             )
     depth = recomputable(objective.encoder)
-    if train.checkpoint_blocks == "auto":
-        if sharded:  # memory is why; and what `measure` looks for, weights that are gathered for a while look like
-            objective.encoder.checkpoint_blocks = depth if device.type == "cuda" else 0
-        elif device.type == "cuda" and depth:
+    if train.checkpoint_blocks == "auto" and sharded:  # a unit is gathered anew for its backward pass anyway
+        objective.encoder.checkpoint_blocks = depth if device.type == "cuda" else 0
+        notes += [f"recomputes all {depth} blocks, as sharded runs do"] if device.type == "cuda" else []
+    elif train.checkpoint_blocks == "auto":
+        if device.type == "cuda" and depth:
             bf16 = ARITHMETIC[precision][0] == "bf16"
             kept = measure(
                 objective, average, recipe.seed, partial(torch.autocast, "cuda", torch.bfloat16, enabled=bf16)

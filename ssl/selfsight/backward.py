@@ -47,7 +47,7 @@ class Sharded:
     """Gradients of an objective that FSDP has sharded: each rank ends with its share of their mean over ranks.
 
     They are reduced after every micro-batch: to wait for the last one would keep all of them whole on every rank, which
-    is what sharding is there to avoid, and would save a third of the communication.
+    is what sharding is there to avoid; the gathering of weights in every micro-batch would remain.
     """
 
     def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
@@ -58,8 +58,11 @@ class Sharded:
         losses: list[Loss] = []
         for host in hosts:
             with self.accelerator.autocast():
-                losses.append(self.objective(place(host)))
-            (losses[-1].total / len(hosts)).backward()
+                loss: Loss = self.objective(place(host))
+            (loss.total / len(hosts)).backward()
+            losses.append(
+                loss._replace(total=loss.total.detach())
+            )  # or its graph would lie beside that of the next one
         return losses
 
     def forget(self) -> None:

@@ -193,8 +193,8 @@ class TrainConfig(Section):
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a running average of the encoder's weights, which is then what is scored and exported; null: none."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """What several processes share: the batch (ddp), or also weights, gradients and moments (fsdp: less memory, half as much
-    again to send); auto: fsdp for encoders from 1e9 parameters on several GPUs."""
+    """What several processes share out: the batch (ddp), or also weights, gradients and moments (fsdp: far less memory, and weights
+    are gathered in every pass); auto: fsdp for encoders from 1e9 parameters on several GPUs."""
     deterministic: int = Field(0, ge=0)
     """Parts into which a batch is cut, a power of two (8 is usual), whose gradients are summed along one tree: the same weights
     bit for bit on every number of ranks that divides it. 0: off, faster."""

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 
-LARGE = 10**9  # parameters of an encoder; below, 16 bytes for each fit every GPU of today, and DDP sends a third less
+LARGE = 10**9  # parameters of an encoder; below, 16 bytes for each fit every GPU of today, and DDP sends once a step
 
 
 def sharded_by(
@@ -63,6 +63,11 @@ def shard(objective: nn.Module, average: Encoder | None, device: torch.device, h
         units = [fully_shard(block, mesh=mesh, mp_policy=rounded) for block in encoder.blocks]
         for unit, following in pairwise(units):
             unit.set_modules_to_forward_prefetch([following])  # backward does so by itself
+        if (
+            half and device.type == "cpu"
+        ):  # whose norms take no float32 with bfloat16 weights; a GPU's autocast widens these
+            for norm in (module for module in encoder.blocks.modules() if isinstance(module, nn.LayerNorm)):
+                norm.register_forward_pre_hook(lambda module, given: tuple(x.to(module.weight.dtype) for x in given))
     for root in roots:
         fully_shard(root, mesh=mesh, mp_policy=kept)
 

@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 import selfsight
 from selfsight import __version__
+from selfsight.allocator import keep_freed_memory
 from selfsight.errors import PeerLost, Stopped, StorageError, UsageError
 from selfsight.recipe import Recipe
 from selfsight.run_folder import differences
@@ -55,6 +56,8 @@ def join(recipe: Recipe) -> Accelerator:
     if world == 1:  # a second run in one process, as in a notebook, may ask for another device or precision
         AcceleratorState._reset_state(reset_partial_state=True)
     cpu = train.device == "cpu" or not torch.cuda.is_available()
+    if cpu:
+        keep_freed_memory()
     precision = {"auto": "no" if cpu else "bf16", "fp32": "no", "bf16": "bf16"}[train.precision]
     with found_each_other(5 * train.timeout if world > 1 else None):
         accelerator = Accelerator(

@@ -53,6 +53,29 @@ class Averaged:
         return loss._replace(total=loss.total.detach())  # or its graph would lie beside that of the next one
 
 
+class Sharded:
+    """Gradients of an objective that FSDP has sharded: each rank ends with its share of their mean over ranks.
+
+    They are reduced after every micro-batch: to wait for the last one would keep all of them whole on every rank, which
+    is what sharding is there to avoid, and would save a third of the communication.
+    """
+
+    def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
+        self.objective, self.accelerator = objective, accelerator
+
+    def __call__(self, hosts: list[HostBatch], place: Place) -> list[Loss]:
+        """Add this step's gradients; the losses of the micro-batches."""
+        losses: list[Loss] = []
+        for host in hosts:
+            with self.accelerator.autocast():
+                losses.append(self.objective(place(host)))
+            (losses[-1].total / len(hosts)).backward()
+        return losses
+
+    def forget(self) -> None:
+        """Nothing is kept from step to step."""
+
+
 class Canonical:
     """Gradients whose bits are the same on any number of ranks that divides `parts`.
 

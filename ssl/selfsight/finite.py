@@ -12,6 +12,7 @@ from selfsight import console
 from selfsight.assemble import Parts
 from selfsight.data.loader import HostBatch
 from selfsight.objectives.base import Loss
+from selfsight.sharding import whole
 
 MOST, WINDOW = 3, 100  # so many bad steps in so many are left out; one more ends the run
 BUNDLES = 20  # records that are written in one start of a run
@@ -30,7 +31,7 @@ class Step(NamedTuple):
 
 def gradient_norm(trained: list[nn.Parameter]) -> Tensor:
     """Norm of the gradient, which is summed over the ranks by now."""
-    return get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    return whole(get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
 
 
 class BadSteps:

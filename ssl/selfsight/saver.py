@@ -53,11 +53,14 @@ class Saver:
         fatal = self.failures >= FAILURES or isinstance(self.error, NumericError)
         return self.error if fatal else None
 
-    def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], wait: bool) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], wait: bool, owned: bool = False
+    ) -> None:
         """Save the state after `step` steps.
 
         Args:
             wait: until it is on the disk.
+            owned: the tensors are copies on the CPU already.
 
         Raises:
             StorageError, NumericError: it could not be written, if `wait`.
@@ -70,7 +73,7 @@ class Saver:
         if step == self.newest:
             return
         faultpoint("save.copy", step)
-        copied = {group: on_the_cpu(members) for group, members in tensors.items()}
+        copied = tensors if owned else {group: on_the_cpu(members) for group, members in tensors.items()}
         self.thread = threading.Thread(target=self._write, args=(step, state, copied, wait), name=SAVER)
         self.thread.start()
         if wait:

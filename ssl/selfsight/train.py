@@ -15,8 +15,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_
 
 from selfsight import checkpoint, console
-from selfsight.assemble import Parts, assemble
-from selfsight.backward import Averaged, Canonical
+from selfsight.assemble import Parts, assemble, unsharded
+from selfsight.backward import Averaged, Canonical, Sharded
 from selfsight.collapse import EVERY, CollapseWatch
 from selfsight.cost import spent_before
 from selfsight.data.feed import feed
@@ -88,12 +88,12 @@ def pretrain(
         if main:
             stack.enter_context(RunLock(recipe.run_dir))
         try:
-            parts = assemble(recipe, accelerator.device, allow_change)
+            parts = assemble(recipe, accelerator.device, allow_change, accelerator.num_processes)
             train(parts, accelerator, stop, peers)
             stop.at_once()
             peers.now(parts.steps, "scoring")
             ranks = of_run(accelerator.process_index, accelerator.num_processes)
-            found = finish(parts, accelerator.device, loader_workers(recipe), ranks)
+            found = finish(unsharded(parts, accelerator.device), accelerator.device, loader_workers(recipe), ranks)
         except RuntimeError as error:  # a collective fails so when a rank is gone
             if lost := peers.who(error):
                 raise PeerLost(lost) from error
@@ -111,7 +111,8 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     before = spent_before(folder / "metrics.jsonl")  # then the lines of lost work are cut
     first = resume(parts, accelerator)
     cut = config.deterministic
-    backward = Canonical(parts.objective, accelerator, cut) if cut else Averaged(parts.objective, accelerator)
+    summed = Sharded if parts.sharded else Averaged
+    backward = Canonical(parts.objective, accelerator, cut) if cut else summed(parts.objective, accelerator)
     trained = [parameter for parameter in parts.objective.parameters() if parameter.requires_grad]
     place, ledger, meter = parts.placer(device), Ledger(folder, rank), Meter(config.batch_size, device, before)
     log = MetricsLog(folder / "metrics.jsonl", accelerator)
@@ -123,9 +124,10 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
 
     def save(step: int, wait: bool) -> None:
         peers.now(step, "saving")
-        if main:
-            with meter.pause():
-                saver.save(step, parts.state(), parts.tensors(), wait)
+        with meter.pause():
+            tensors = parts.tensors(main) if main or parts.sharded else {}  # of shards all ranks have a part
+            if main:
+                saver.save(step, parts.state(), tensors, wait, owned=parts.sharded)
 
     late = may_be_late(device, parts.objective, parts.optimizer)
     data, verdicts = Feeder(parts, accelerator, first, 2 if late else 1, meter, stop), Verdicts(accelerator, bad)
@@ -190,7 +192,8 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
                 timing = ({"left_out": 1} if broken else {}) | meter.read(accelerator)
                 with meter.pause():
                     peers.now(done, "scoring")
-                    log.write(line | (online.score(parts.scored, device) if scoring and online else {}) | timing)
+                    scored = parts.scored_whole(main) if scoring else None
+                    log.write(line | (online.score(scored, device) if scored and online else {}) | timing)
             if saving:
                 save(done, wait=done in (1, steps))
             if end:

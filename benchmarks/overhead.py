@@ -1,6 +1,7 @@
 """What the safeguards cost: seconds for index and checksum of a sample, and for the finite check of a step, as shares.
 
 python benchmarks/overhead.py [SHARDS] [--recipe NAME] --json          about a minute on 2 cores
+python benchmarks/overhead.py --loop 60 [--recipe NAME] --json         the whole loop against the bare step
 
 A safeguard costs microseconds beside a step of milliseconds: on a machine whose runs differ by more than that, with and
 without cannot be told apart (tried: docs/log.md). So each safeguard is timed alone, in a loop, and set against the
@@ -13,16 +14,25 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from statistics import median
+from pathlib import Path
+from statistics import fmean, median
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 
 from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged
+from selfsight.collapse import EVERY
+from selfsight.data.loader import HostBatch
+from selfsight.eval.online import watcher
 from selfsight.finite import BadSteps, Step, gradient_norm
-from selfsight.recipe import load
+from selfsight.processes import join
+from selfsight.recipe import Recipe, load
+from selfsight.saver import on_the_cpu
+from selfsight.train import train, update
 from selfsight.verdict import Verdicts
 
 
@@ -92,6 +102,72 @@ def stepping(parts: Parts, repeats: int) -> dict[str, float]:
     }
 
 
+class Resident:
+    """A few batches that lie in memory, in place of those that are read and decoded."""
+
+    item_bytes = 0
+
+    def __init__(self, batches: Any) -> None:
+        self.made = [batches[number] for number in range(4)]
+
+    def __getitem__(self, number: int) -> HostBatch:
+        return self.made[number % len(self.made)]
+
+
+def looping(recipe: Recipe, steps: int) -> dict[str, float]:
+    """Of a step in `train`, at the cadence of the recipe, what is not the bare step: CPU time, and what goes on in between.
+
+    Both learn from the same batches in memory, so that reading and decoding, which belong to the loader's processes, are
+    in neither. The bare step is forward, backward, norm, clipping, AdamW and zero_grad. Lines, looks for collapse and
+    progress are in the loop's figure; one save (the copy, for which training waits) and one online score are timed alone.
+    """
+    parts = assemble(recipe, torch.device("cpu"))
+    source, accelerator = Resident(parts.batches()), join(recipe)
+    place, backward = parts.placer(accelerator.device), Averaged(parts.objective, accelerator)
+    trained = [parameter for parameter in parts.objective.parameters() if parameter.requires_grad]
+
+    def bare(step: int) -> float:
+        started = time.process_time()
+        backward([source[step]], place)
+        update(parts, step, trained, gradient_norm(trained))
+        parts.optimizer.zero_grad()
+        return time.process_time() - started
+
+    ticks: list[float] = []  # CPU time at each step's begin
+    alone: list[float] = []  # of bare steps, in turn with those of the loop
+
+    def tick(point: str, step: int | None = None) -> None:
+        if point == "learn":
+            ticks.append(time.process_time())
+        elif point == "update":  # in turn, so that both see the same machine
+            alone.append(bare(min(step or 0, steps - 1)))
+
+    with (
+        patch.object(Parts, "batches", lambda *_: source),
+        patch("selfsight.train.faultpoint", tick),
+        patch("selfsight.train.loader_workers", lambda _: 0),
+    ):
+        train(parts, accelerator)
+    pairs = zip(ticks[EVERY:], ticks[EVERY + 1 :], alone[EVERY:], strict=False)
+    shares = [(after - before - own) / own - 1 for before, after, own in pairs]
+    started = time.process_time()
+    parts.tensors(), on_the_cpu({f"{g}/{n}": t for g, m in parts.tensors().items() for n, t in m.items()})
+    saved = time.process_time() - started
+    online = watcher(recipe.eval, parts.shards)
+    started = time.process_time()
+    online.score(parts.scored, accelerator.device)
+    scored, step_time = time.process_time() - started, median(alone)
+    return {
+        "bare_step_milliseconds": round(1e3 * step_time, 2),
+        "loop_percent": round(100 * fmean(shares), 2),  # the mean: lines come every so many steps
+        "loop_percent_median": round(100 * median(shares), 2),
+        "save_copy_milliseconds": round(1e3 * saved, 1),
+        "save_percent_at_cadence": round(100 * saved / step_time / recipe.train.save_every, 3),
+        "score_milliseconds": round(1e3 * scored, 1),
+        "score_percent_at_cadence": round(100 * scored / step_time / recipe.eval.every, 2),
+    }
+
+
 def main() -> None:
     """Print the cost of each safeguard."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,9 +176,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--loop", type=int, default=0, metavar="STEPS", help="time so many steps of the loop instead")
     parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.loop:
+        with TemporaryDirectory() as folder:
+            changed = {
+                "run_dir": f"{folder}/run",
+                "train.steps": options.loop,
+                "train.epochs": None,
+                "train.threads": 1,
+            }
+            Path(folder, "run").mkdir()
+            result = looping(load(options.recipe, changed | {"data.train": options.shards}), options.loop)
+        print(json.dumps(result, indent=1))
+        return
     given = {"run_dir": "/nowhere", "data.train": options.shards, "train.batch_size": options.batch}
     given |= {"eval.train": None, "eval.test": None}
     parts = assemble(load(options.recipe, given), torch.device("cpu"))

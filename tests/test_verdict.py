@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfsight.assemble import Parts, assemble
+from selfsight.backward import Averaged, Canonical
 from selfsight.collapse import EVERY
 from selfsight.errors import DataGone, NumericError, Stopped
 from selfsight.metrics import TIMING
@@ -26,6 +28,7 @@ from selfsight.objectives.vicreg import VICReg
 from selfsight.processes import StopRequest, join
 from selfsight.recipe import load
 from selfsight.run_folder import read_lines
+from selfsight.saver import on_the_cpu
 from selfsight.train import Feeder, train
 from selfsight.verdict import Verdicts, may_be_late
 
@@ -207,6 +210,8 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.phase, self.step = "", 0
         self.found: list[tuple[int, str, str]] = []
+        self.calls: list[tuple[str, int]] = []
+        """Questions and answers, by step."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind in str(func) for kind in self.KINDS):
@@ -223,16 +228,17 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         mode.phase = point
         mode.step = step if point == "learn" else mode.step
 
-    def looping(real: Callable[..., Any]) -> Callable[..., Any]:
+    def looping(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def looped(*arguments: Any) -> Any:
             mode.phase = "loop"
+            mode.calls.append((name, mode.step))
             return real(*arguments)
 
         return looped
 
     monkeypatch.setattr("selfsight.train.faultpoint", at)
     for name in ("ask", "hear"):
-        monkeypatch.setattr(Verdicts, name, looping(getattr(Verdicts, name)))
+        monkeypatch.setattr(Verdicts, name, looping(name, getattr(Verdicts, name)))
     read = Feeder.read
 
     def reading(self: Feeder) -> None:
@@ -251,6 +257,10 @@ def test_no_normal_step_waits_for_the_device(run: Callable[..., Parts], waits: W
     of_the_loop = {step for step, phase, _ in waits.found if phase in ("loop", "update", "learned")}
     assert not of_the_loop - {*range(1, EVERY), 10, 15, 20, 30, 34}
     assert {10, 20, 34} <= of_the_loop
+    order = {step: [name for name, at in waits.calls if at == step] for step in range(1, 35)}
+    assert order[12] == order[13] == order[33] == ["hear", "ask"]  # of the step before, and of this one
+    assert order[11] == order[21] == ["ask"] and order[9] == ["ask", "hear"] and order[10] == ["ask", "hear"]
+    assert order[20] == order[34] == ["hear", "ask", "hear"]
 
 
 def test_what_cannot_follow_the_device_is_waited_for() -> None:
@@ -287,3 +297,29 @@ def test_the_word_of_a_step() -> None:
         assert verdicts.hear() == (number > 0, "enough" if number else "", [False, True, False])
         assert verdicts.open is None
     assert told == [1, 2]
+
+
+def test_the_losses_of_a_step_keep_no_graph(small_fields: Fields) -> None:
+    """It would lie in memory beside that of the next forward pass."""
+    parts = assemble(load("digits/mae", small_fields), torch.device("cpu"))
+    place, batches = parts.placer(torch.device("cpu")), parts.batches()
+    for backward in (Averaged, partial(Canonical, parts=2)):
+        losses = backward(parts.objective, Accelerator(cpu=True))([batches[0], batches[1]], place)
+        assert [loss.total.requires_grad for loss in losses] == [False] * len(losses)
+        assert all(not term.requires_grad for loss in losses for term in loss.terms.values())
+
+
+def test_buckets_hold_the_gradients_and_buffers_travel_only_where_they_differ(small_fields: Fields) -> None:
+    parts, accelerator = assemble(load("digits/mae", small_fields), torch.device("cpu")), Accelerator(cpu=True)
+    Averaged(parts.objective, accelerator)
+    assert accelerator.ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    parts.objective.add_module("norm", torch.nn.BatchNorm1d(2))
+    Averaged(parts.objective, accelerator)
+    assert accelerator.ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True}
+
+
+def test_a_saved_copy_is_a_copy() -> None:
+    weights = {"w": torch.zeros(3), "n": torch.tensor(2)}
+    copied = on_the_cpu(weights)
+    weights["w"] += 1
+    assert copied["w"].tolist() == [0, 0, 0] and copied["n"] == 2

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsight.data.loader import HostBatch
 from selfsight.data.placer import Batch
@@ -19,10 +21,18 @@ Place = Callable[[HostBatch], Batch]
 
 
 class Averaged:
-    """Gradients summed as it is fastest: one pass a micro-batch, all-reduced by DDP beside the backward pass."""
+    """Gradients summed as it is fastest: one pass a micro-batch, all-reduced by DDP beside the backward pass.
+
+    Gradients lie in DDP's buckets and are not copied out of them. Buckets are of DDP's own size, and no graph is declared
+    static: which parameters a pass uses may change, as weights of a joint do.
+    """
 
     def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        # Running statistics are each rank's own until rank 0 sends them round. All other buffers are the same by
+        # construction (fixed tables, or a centre made of all ranks' outputs), and need not travel at every step.
+        apart = any(isinstance(module, _BatchNorm) for module in objective.modules())
+        accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=apart)
         self.model: Any = accelerator.prepare_model(objective)
 
     def __call__(self, hosts: list[HostBatch], place: Place) -> list[Loss]:

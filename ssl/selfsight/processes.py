@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 import selfsight
 from selfsight import __version__
+from selfsight.allocator import keep_freed_memory
 from selfsight.errors import PeerLost, Stopped, StorageError, UsageError
 from selfsight.precision import ARITHMETIC, resolve, set_products
 from selfsight.recipe import Recipe
@@ -57,7 +58,9 @@ def join(recipe: Recipe) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     cpu = train.device == "cpu" or not torch.cuda.is_available()
     precision = resolve(train.precision, torch.device("cpu" if cpu else "cuda"))
-    if not cpu:
+    if cpu:
+        keep_freed_memory()
+    else:
         set_products(precision)
     with found_each_other(5 * train.timeout if world > 1 else None):
         accelerator = Accelerator(

@@ -5,6 +5,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from selfsight import checkpoint, console
 from selfsight.checkpoint import Tensors
 from selfsight.errors import NumericError, SelfsightError, StorageError
@@ -70,14 +73,7 @@ class Saver:
         if step == self.newest:
             return
         faultpoint("save.copy", step)
-        copied = (
-            tensors
-            if owned
-            else {
-                group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in members.items()}
-                for group, members in tensors.items()
-            }
-        )
+        copied = tensors if owned else {group: on_the_cpu(members) for group, members in tensors.items()}
         self.thread = threading.Thread(target=self._write, args=(step, state, copied, wait), name=SAVER)
         self.thread.start()
         if wait:
@@ -106,3 +102,18 @@ class Saver:
         self.failures, self.error = self.failures + 1, error
         if not awaited:
             console.say(f"warning: {error}; training goes on ({self.failures} of {FAILURES} failures in a row)")
+
+
+def on_the_cpu(tensors: Tensors) -> Tensors:
+    """Copies that nothing changes any more; those of a GPU are all under way before one of them is waited for."""
+    copied = {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return copied
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True)
+    # Only a copy to pinned memory does not wait.
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

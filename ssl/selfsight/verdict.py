@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from selfsight.data.transfer import without_waiting
 from selfsight.finite import BadSteps, Step
@@ -70,7 +71,10 @@ class Verdicts:
 def may_be_late(device: torch.device, objective: Objective, optimizer: torch.optim.Optimizer) -> bool:
     """Whether steps may be taken before the host knows that they are good: where waiting costs, and all heed the device.
 
-    An objective with an `after_step` of its own must say that it does (`heeds_took`); of the optimizers only fused ones do.
+    An objective with an `after_step` of its own must say that it does (`heeds_took`); of the optimizers only fused ones do,
+    and of parameters that are sharded it is not known: nobody has run them so on a GPU.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    whole = not any(isinstance(parameter, DTensor) for parameter in parameters)
     follows = objective.heeds_took or type(objective).after_step is Objective.after_step
-    return device.type == "cuda" and follows and all(group.get("fused") for group in optimizer.param_groups)
+    return device.type == "cuda" and follows and whole and all(group.get("fused") for group in optimizer.param_groups)

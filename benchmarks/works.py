@@ -1,0 +1,184 @@
+"""The works that step.py compares, and selfsight's side of them: the objects that a user's run is made of."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PACKAGES = {"lightly": "pip install 'selfsight[bench]'", "transformers": "pip install 'selfsight[bench]'"}
+REPOSITORIES = {
+    "mae": "facebookresearch/mae",
+    "solo-learn": "vturrisi/solo-learn",
+    "simmim": "microsoft/SimMIM",
+    "vicreg": "facebookresearch/vicreg",
+}
+PEERS = (*PACKAGES, *REPOSITORIES)
+
+
+class Missing(Exception):
+    """A competitor that this machine does not have, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step of training, the same for all who do it."""
+
+    rivals: tuple[str, ...]
+    """Who else does it; what follows a colon is a variant."""
+    objective: dict[str, Any]
+    """The recipe's section."""
+    cpu_batch: int
+    gpu_batch: int
+    precision: str | None = None
+    """Where it is part of the work."""
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """The recipe's section."""
+    gpu_only: bool = False
+    """Left out on a CPU unless it is asked for by name."""
+
+
+B16, S16 = {"name": "vit_base_patch16_224"}, {"name": "vit_small_patch16_224"}
+MAE_RIVALS = ("lightly", "transformers", "mae", "mae:explicit", "solo-learn")
+TINY = {"decoder_width": 128, "decoder_depth": 2, "decoder_heads": 4}  # of recipes/cifar10/mae.yaml
+WORKS = {
+    "mae": Work(MAE_RIVALS, {"name": "mae"}, 8, 256, encoder=B16),
+    "mae-fp32": Work(("mae", "mae:explicit"), {"name": "mae"}, 8, 256, "fp32", encoder=B16),
+    "mae-cross": Work(
+        ("mae", "mae:explicit"), {"name": "mae", "decoder": "cross", "predict_ratio": 1 / 3}, 8, 256, encoder=B16
+    ),
+    "mae-large": Work(
+        ("mae", "mae:explicit"), {"name": "mae"}, 4, 256, encoder={"name": "vit_large_patch16_224"}, gpu_only=True
+    ),
+    "cifar": Work(
+        ("mae", "mae:explicit"), {"name": "mae", **TINY}, 64, 1024, encoder={"image_size": 32, "patch": 4}
+    ),
+    "simmim": Work(("simmim", "simmim:rpb"), {"name": "simmim"}, 8, 256, encoder=S16),
+    "vicreg-loss-2048": Work(("vicreg", "lightly"), {"name": "vicreg", "expander_width": 2048}, 256, 256, "fp32"),
+    "vicreg-loss-8192": Work(("vicreg", "lightly"), {"name": "vicreg", "expander_width": 8192}, 256, 256, "fp32"),
+    "vicreg": Work(("lightly",), {"name": "vicreg"}, 8, 256, encoder=S16),
+    "dino": Work(("lightly",), {"name": "dino"}, 2, 64, encoder=S16),
+}  # fmt: skip
+SHORT = {"vicreg-loss": ("vicreg-loss-2048", "vicreg-loss-8192")}
+
+
+@dataclass
+class Training:
+    """One competitor's step and what is known of it."""
+
+    step: Callable[[], object]
+    parameters: int
+    """Trained ones."""
+    compile: Callable[[], object] = lambda: None
+    """Has torch compile what a user would compile."""
+    note: str = ""
+    """What was needed to run it."""
+
+
+def build(spec: dict[str, Any]) -> Training:
+    """The competitor that a spec names.
+
+    Raises:
+        Missing: its package or path, or a part of selfsight, is not there.
+    """
+    who, _, variant = spec["who"].partition(":")
+    if who == "selfsight":
+        return selfsights_loss(spec) if "loss" in spec["work"] else selfsights(spec)
+    if who in REPOSITORIES:
+        path = spec["paths"].get(who)
+        if not path:
+            raise Missing(f"give --{who} PATH, a checkout of github.com/{REPOSITORIES[who]}")
+        if not Path(path).is_dir():
+            raise Missing(f"--{who} {path}: no such folder")
+    try:
+        module = importlib.import_module(f"peers.{who.replace('-', '_')}_peer")
+    except ModuleNotFoundError as error:
+        raise Missing(f"{error.name} is not installed: {PACKAGES.get(who, f'pip install {error.name}')}") from None
+    return module.build(spec, variant)
+
+
+def recipe_of(spec: dict[str, Any]) -> Any:
+    """The recipe whose step is timed; its data are never read.
+
+    Raises:
+        Missing: this version of selfsight has no such field.
+    """
+    from selfsight.errors import UsageError
+    from selfsight.recipe import validate
+
+    work = WORKS[spec["work"]]
+    model = {"name": spec["model"]} if spec["model"] else {}
+    train = {"steps": 10**9, "batch_size": spec["batch"], "precision": spec["precision"], "threads": spec["threads"]}
+    train |= {"device": spec["device"], "compile": spec["compile"]}
+    tree = {"run_dir": "/nowhere", "data": {"train": "digits:train"}, "train": train}
+    try:
+        return validate(tree | {"encoder": work.encoder | model, "objective": dict(work.objective)}, spec["work"])
+    except UsageError as error:
+        raise Missing(f"this version of selfsight cannot do it: {error}") from None
+
+
+def selfsights(spec: dict[str, Any]) -> Training:
+    """The step of `selfsight pretrain` on a batch that lies on the device, with the gradient's norm that its loop takes."""
+    from selfsight.assemble import assemble
+    from selfsight.backward import Averaged
+    from selfsight.finite import gradient_norm
+    from selfsight.processes import join
+
+    recipe = recipe_of(spec)
+    accelerator = join(recipe)
+    parts = assemble(recipe, accelerator.device)
+    objective, optimizer = parts.objective.train(), parts.optimizer
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    backward = Averaged(objective, accelerator)
+    batches = resident_batches(spec["batch"], parts.encoder.preprocessing, objective.views, accelerator.device)
+    steps = iter(range(10**9))
+
+    def step() -> None:
+        number = next(steps)
+        backward([None], lambda _: batches(number))  # type: ignore[list-item]
+        gradient_norm(trained)
+        optimizer.step()
+        objective.after_step(number + 1, 10**9)
+        optimizer.zero_grad()
+        backward.forget()
+
+    return Training(step, sum(parameter.numel() for parameter in trained))
+
+
+def resident_batches(size: int, preprocessing: Any, views: Any, device: Any) -> Callable[[int], Any]:
+    """The batch of step `number`: the same views every time, with the draws of that step."""
+    import torch
+
+    from selfsight.data.placer import Batch
+
+    torch.manual_seed(0)
+    sides = [view.size or preprocessing.image_size for view in views]
+    images = tuple(torch.randn(size, preprocessing.channels, side, side, device=device) for side in sides)
+    return lambda number: Batch(images, torch.arange(number * size, (number + 1) * size), 0, progress=0.5)
+
+
+def selfsights_loss(spec: dict[str, Any]) -> Training:
+    """VICReg's loss alone, forward and backward."""
+    import torch
+    from torch.nn import functional as F
+
+    from selfsight.objectives.vicreg import covariance, variance
+
+    pair = embeddings(spec)
+
+    def step() -> None:
+        x, y = pair
+        loss = 25 * F.mse_loss(x, y) + 25 * (variance(x) + variance(y)) / 2 + covariance(x) + covariance(y)
+        torch.autograd.grad(loss, pair)
+
+    return Training(step, 0)
+
+
+def embeddings(spec: dict[str, Any]) -> tuple[Any, Any]:
+    """Two views' embeddings (batch, width), the leaves of a graph."""
+    import torch
+
+    torch.manual_seed(0)
+    shape = spec["batch"], WORKS[spec["work"]].objective["expander_width"]
+    first, second = (torch.randn(shape, device=spec["device"], requires_grad=True) for _ in range(2))
+    return first, second

@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from works import Missing, Training, build
+from works import Missing, Training, imported
 
 from selfsight.speed import count_flops, synchronize
 
@@ -91,9 +91,10 @@ def serve(spec: dict[str, Any], out: TextIO) -> None:
 
     torch.set_num_threads(spec["threads"])
     device = torch.device(spec["device"])
-    memory = Memory(device)
     try:
-        training = build(spec)
+        make = imported(spec)
+        memory = Memory(device)
+        training = make()
     except Missing as missing:
         tell({"skipped": str(missing)})
         return

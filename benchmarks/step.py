@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
@@ -56,15 +57,23 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", default="mae", help=f"of {', '.join([*WORKS, *SHORT])} (default: %(default)s)")
     parser.add_argument("--all", action="store_true", help="every work that suits the device")
     parser.add_argument("--peers", default=",".join(PEERS), help="(default: %(default)s)")
-    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="where the work does not say (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=DTYPES, default="bf16", help="where the work does not say (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--model", help="a timm ViT in place of the work's own")
     parser.add_argument("--batch", type=int, help="images in a step (default: the work's, for the device)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs with each peer, at most (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20, help="of pairs with each peer, after three (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=660, help="seconds after which no other peer is begun (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="of pairs with each peer, after three (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=660, help="seconds after which no other peer is begun (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
-    parser.add_argument("--compile", choices=("auto", "ours", "both", "none"), default="auto", help="auto: ours on a GPU, else none")
+    parser.add_argument(
+        "--compile", choices=("auto", "ours", "both", "none"), default="auto", help="auto: ours on a GPU, else none"
+    )
     for name, repository in REPOSITORIES.items():
         parser.add_argument(f"--{name}", metavar="DIR", help=f"a clone of github.com/{repository}")
     parser.add_argument("--json", action="store_true", help="print one object")
@@ -109,7 +118,10 @@ def measure(name: str, options: argparse.Namespace, peaks: dict[str, float], beg
     skipped: dict[str, str] = {}
     each: dict[str, dict[str, Any]] = {}
     pairs: dict[str, tuple[list[Round], list[Round]]] = {}
-    with Competitor(spec | {"who": OURS, "compile": options.compile != "none"}) as ours:
+    with ExitStack() as stack:
+        ours = stack.enter_context(Competitor(spec | {"who": OURS, "compile": options.compile != "none"}))
+        theirs_of = lambda rival: Competitor(spec | {"who": rival, "compile": options.compile == "both"})  # noqa: E731
+        first = stack.enter_context(theirs_of(rivals[0])) if rivals else None  # imports while ours does
         each[OURS] = ours.answer()
         if "skipped" in each[OURS]:
             return {"work": name, "skipped": {OURS: each[OURS]["skipped"]}}
@@ -118,9 +130,14 @@ def measure(name: str, options: argparse.Namespace, peaks: dict[str, float], beg
             if time.perf_counter() - begun > options.budget:
                 skipped[rival] = f"the budget of {options.budget:g} seconds is spent"
                 continue
-            with Competitor(spec | {"who": rival, "compile": options.compile == "both"}) as theirs:
+            with first or theirs_of(rival) as theirs:
+                first = None
                 facts = theirs.answer()
-                mine, others, why = ([], [], facts["skipped"]) if "skipped" in facts else in_turn(ours, theirs, options.rounds, options.seconds)
+                mine, others, why = (
+                    ([], [], facts["skipped"])
+                    if "skipped" in facts
+                    else in_turn(ours, theirs, options.rounds, options.seconds)
+                )
                 if why:
                     skipped[rival] = why
                     continue
@@ -133,7 +150,11 @@ def measure(name: str, options: argparse.Namespace, peaks: dict[str, float], beg
         rate = batch / median(one.wall for one in times[rival])
         facts |= {"images_per_second": rate, "rounds": len(times[rival])}
         facts["mfu"] = facts["flops"] * rate / batch / peak
-    return {"work": name, "precision": precision, "batch": batch} | report(each, pairs, options.device) | {"skipped": skipped}
+    return (
+        {"work": name, "precision": precision, "batch": batch}
+        | report(each, pairs, options.device)
+        | {"skipped": skipped}
+    )
 
 
 def round_of(told: dict[str, Any]) -> Round:
@@ -184,7 +205,9 @@ def processor() -> str:
     """The CPU's name, where Linux tells it."""
     try:
         with open("/proc/cpuinfo") as lines:
-            return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+            return next(
+                (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+            )
     except OSError:
         return platform.machine()
 
@@ -204,7 +227,9 @@ def table(found: list[dict[str, Any]]) -> str:
         for who, facts in one.get("each", {}).items():
             memory = f"{facts['peak_memory'] / 1e9:7.2f}" if facts["peak_memory"] else "      -"
             ratios = f"{one['ratios'][who]:8.2f}{one['spread'][who]:8.2f}" if who in one["ratios"] else ""
-            lines.append(f"{one['work']:18}{who:16}{facts['images_per_second']:10.2f}{facts['mfu']:7.1%}{memory}{ratios}")
+            lines.append(
+                f"{one['work']:18}{who:16}{facts['images_per_second']:10.2f}{facts['mfu']:7.1%}{memory}{ratios}"
+            )
         lines += [f"{one['work']:18}{who:16}skipped: {why}" for who, why in one["skipped"].items()]
     return "\n".join(lines)
 

@@ -45,7 +45,7 @@ WORKS = {
     "mae": Work(MAE_RIVALS, {"name": "mae"}, 8, 256, encoder=B16),
     "mae-fp32": Work(("mae", "mae:explicit"), {"name": "mae"}, 8, 256, "fp32", encoder=B16),
     "mae-cross": Work(
-        ("mae", "mae:explicit"), {"name": "mae", "decoder": "cross", "predict_ratio": 1 / 3}, 8, 256, encoder=B16
+        ("mae", "mae:explicit"), {"name": "mae", "decoder": "cross", "decoder_depth": 12, "predict_ratio": 1 / 3}, 8, 256, encoder=B16
     ),
     "mae-large": Work(
         ("mae", "mae:explicit"), {"name": "mae"}, 4, 256, encoder={"name": "vit_large_patch16_224"}, gpu_only=True
@@ -73,17 +73,21 @@ class Training:
     """Has torch compile what a user would compile."""
     note: str = ""
     """What was needed to run it."""
+    alone: Callable[[], object] | None = None
+    """The step without what it tells the other ranks; selfsight's only."""
 
 
-def build(spec: dict[str, Any]) -> Training:
-    """The competitor that a spec names.
+def imported(spec: dict[str, Any]) -> Callable[[], Training]:
+    """What builds the competitor that a spec names; all that it imports is imported by then.
 
     Raises:
-        Missing: its package or path, or a part of selfsight, is not there.
+        Missing: its package or path, or a part of selfsight, is not there; what it gives may raise it too.
     """
     who, _, variant = spec["who"].partition(":")
     if who == "selfsight":
-        return selfsights_loss(spec) if "loss" in spec["work"] else selfsights(spec)
+        from selfsight import assemble, backward, finite, processes  # noqa: F401
+
+        return lambda: selfsights_loss(spec) if "loss" in spec["work"] else selfsights(spec)
     if who in REPOSITORIES:
         path = spec["paths"].get(who)
         if not path:
@@ -94,7 +98,7 @@ def build(spec: dict[str, Any]) -> Training:
         module = importlib.import_module(f"peers.{who.replace('-', '_')}_peer")
     except ModuleNotFoundError as error:
         raise Missing(f"{error.name} is not installed: {PACKAGES.get(who, f'pip install {error.name}')}") from None
-    return module.build(spec, variant)
+    return lambda: module.build(spec, variant)
 
 
 def recipe_of(spec: dict[str, Any]) -> Any:
@@ -108,8 +112,14 @@ def recipe_of(spec: dict[str, Any]) -> Any:
 
     work = WORKS[spec["work"]]
     model = {"name": spec["model"]} if spec["model"] else {}
-    train = {"steps": 10**9, "batch_size": spec["batch"], "precision": spec["precision"], "threads": spec["threads"]}
+    train = {
+        "steps": 10**9,
+        "batch_size": spec["batch"] * spec.get("world", 1),
+        "precision": spec["precision"],
+        "threads": spec["threads"],
+    }
     train |= {"device": spec["device"], "compile": spec["compile"]}
+    train |= {"parallel": spec["parallel"]} if "parallel" in spec else {}
     tree = {"run_dir": "/nowhere", "data": {"train": "digits:train"}, "train": train}
     try:
         return validate(tree | {"encoder": work.encoder | model, "objective": dict(work.objective)}, spec["work"])
@@ -119,17 +129,14 @@ def recipe_of(spec: dict[str, Any]) -> Any:
 
 def selfsights(spec: dict[str, Any]) -> Training:
     """The step of `selfsight pretrain` on a batch that lies on the device, with the gradient's norm that its loop takes."""
-    from selfsight.assemble import assemble
-    from selfsight.backward import Averaged
     from selfsight.finite import gradient_norm
     from selfsight.processes import join
 
     recipe = recipe_of(spec)
     accelerator = join(recipe)
-    parts = assemble(recipe, accelerator.device)
+    parts, backward = assembled(recipe, accelerator)
     objective, optimizer = parts.objective.train(), parts.optimizer
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    backward = Averaged(objective, accelerator)
     batches = resident_batches(spec["batch"], parts.encoder.preprocessing, objective.views, accelerator.device)
     steps = iter(range(10**9))
 
@@ -142,7 +149,22 @@ def selfsights(spec: dict[str, Any]) -> Training:
         optimizer.zero_grad()
         backward.forget()
 
-    return Training(step, sum(parameter.numel() for parameter in trained))
+    def alone() -> None:
+        with accelerator.no_sync(backward.model):
+            step()
+
+    return Training(step, sum(parameter.numel() for parameter in trained), alone=alone)
+
+
+def assembled(recipe: Any, accelerator: Any) -> tuple[Any, Any]:
+    """The parts of a run and what makes its gradients, as `train` puts them together."""
+    from selfsight import backward
+    from selfsight.assemble import assemble
+
+    shares = {"world": accelerator.num_processes} if "parallel" in type(recipe.train).model_fields else {}
+    parts = assemble(recipe, accelerator.device, **shares)
+    kind = backward.Sharded if getattr(parts, "sharded", False) else backward.Averaged
+    return parts, kind(parts.objective, accelerator)
 
 
 def resident_batches(size: int, preprocessing: Any, views: Any, device: Any) -> Callable[[int], Any]:
@@ -159,17 +181,26 @@ def resident_batches(size: int, preprocessing: Any, views: Any, device: Any) -> 
 
 def selfsights_loss(spec: dict[str, Any]) -> Training:
     """VICReg's loss alone, forward and backward."""
-    import torch
     from torch.nn import functional as F
 
-    from selfsight.objectives.vicreg import covariance, variance
+    from selfsight.objectives import vicreg
 
     pair = embeddings(spec)
 
+    def terms(x: Any, y: Any) -> dict[str, Any]:
+        return {
+            "invariance": F.mse_loss(x, y),
+            "variance": (vicreg.variance(x) + vicreg.variance(y)) / 2,
+            "covariance": vicreg.covariance(x) + vicreg.covariance(y),
+        }
+
+    terms = getattr(vicreg, "loss_terms", terms)
+    weights = {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
+
     def step() -> None:
-        x, y = pair
-        loss = 25 * F.mse_loss(x, y) + 25 * (variance(x) + variance(y)) / 2 + covariance(x) + covariance(y)
-        torch.autograd.grad(loss, pair)
+        loss = sum(weights[name] * term for name, term in terms(*pair).items())
+        loss.backward()
+        forget(pair)
 
     return Training(step, 0)
 
@@ -182,3 +213,9 @@ def embeddings(spec: dict[str, Any]) -> tuple[Any, Any]:
     shape = spec["batch"], WORKS[spec["work"]].objective["expander_width"]
     first, second = (torch.randn(shape, device=spec["device"], requires_grad=True) for _ in range(2))
     return first, second
+
+
+def forget(pair: tuple[Any, Any]) -> None:
+    """Drop the gradients."""
+    for leaf in pair:
+        leaf.grad = None

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from works import WORKS, Training
+from works import WORKS, Training, recipe_of
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,17 @@ class Shape:
 
 def shape_of(spec: dict[str, Any]) -> Shape:
     """From the recipe's sections, and from timm where they are silent."""
-    from works import recipe_of
-
     work, recipe = WORKS[spec["work"]], recipe_of(spec | {"compile": False})
     with torch.device("meta"):
         vit = timm.create_model(recipe.encoder.name)
-    decoder = {name: work.objective.get(f"decoder_{name}", own) for name, own in (("width", 512), ("depth", 8), ("heads", 16))}
+    # Against the cross-attention decoder stands the paper's own.
+    given = {} if work.objective.get("decoder") == "cross" else work.objective
+    paper = {"width": 512, "depth": 8, "heads": 16}
+    decoder = {name: given.get(f"decoder_{name}", own) for name, own in paper.items()}
     patch = recipe.encoder.patch or vit.patch_embed.patch_size[0]
-    return Shape(recipe.encoder.image_size, patch, vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads, decoder)
+    return Shape(
+        recipe.encoder.image_size, patch, vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads, decoder
+    )
 
 
 def images(spec: dict[str, Any], side: int) -> Tensor:
@@ -98,7 +101,7 @@ def standing_in(**modules: dict[str, Any]) -> Any:
     made = {}
     for name, attributes in modules.items():
         module = ModuleType(name.replace("__", "."))
-        vars(module).update(attributes, __path__=[])
+        vars(module).update({"__path__": []} | attributes)
         made[module.__name__] = module
     before = {name: sys.modules.get(name) for name in made}
     sys.modules.update(made)

@@ -12,7 +12,7 @@ from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTI
 from lightly.models.modules.heads import VICRegProjectionHead
 from lightly.models.modules.masked_autoencoder_timm import MAEDecoderTIMM
 from torch import Tensor, nn
-from works import WORKS, Training, embeddings, recipe_of
+from works import WORKS, Training, embeddings, forget, recipe_of
 
 from peers.common import images, shape_of, training
 
@@ -55,7 +55,7 @@ def mae(spec: dict[str, Any]) -> Training:
     vit = vit_of(spec, img_size=shape.image, patch_size=shape.patch)
     width, depth, heads = shape.decoder["width"], shape.decoder["depth"], shape.decoder["heads"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it goes in lightly 1.7; the extra stays below
+        warnings.simplefilter("ignore", FutureWarning)  # it goes in lightly 1.7; the extra stays below
         decoder = MAEDecoderTIMM(
             num_patches=vit.patch_embed.num_patches, patch_size=shape.patch, embed_dim=shape.width,
             decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads,
@@ -68,13 +68,20 @@ def mae(spec: dict[str, Any]) -> Training:
 def vicreg_loss(spec: dict[str, Any]) -> Training:
     """Forward and backward of the loss, from embeddings on."""
     pair, loss = embeddings(spec), VICRegLoss()
-    return Training(lambda: torch.autograd.grad(loss(*pair), pair), 0)
+
+    def step() -> None:
+        loss(*pair).backward()
+        forget(pair)
+
+    return Training(step, 0)
 
 
 def vicreg(spec: dict[str, Any]) -> Training:
     """Two views, one after the other, with an expander as wide as selfsight's."""
     vit, expander = vit_of(spec), recipe_of(spec | {"compile": False}).objective
-    head = VICRegProjectionHead(vit.num_features, expander.expander_width, expander.expander_width, num_layers=expander.expander_layers)
+    head = VICRegProjectionHead(
+        vit.num_features, expander.expander_width, expander.expander_width, num_layers=expander.expander_layers
+    )
     model, loss = nn.Sequential(vit, head).to(spec["device"]).train(), VICRegLoss()
     first, second = (images(spec, shape_of(spec).image) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

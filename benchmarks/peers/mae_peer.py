@@ -40,7 +40,10 @@ def model_class(path: str) -> type[nn.Module]:
 def build(spec: dict[str, Any], variant: str) -> Training:
     """Its training step; its engine takes the gradient's norm."""
     shape = shape_of(spec)
-    decoder = {f"decoder_{key}": shape.decoder[ours] for key, ours in (("embed_dim", "width"), ("depth", "depth"), ("num_heads", "heads"))}
+    decoder = {
+        f"decoder_{key}": shape.decoder[ours]
+        for key, ours in (("embed_dim", "width"), ("depth", "depth"), ("num_heads", "heads"))
+    }
     model = model_class(spec["paths"]["mae"])(
         img_size=shape.image, patch_size=shape.patch, embed_dim=shape.width, depth=shape.depth, num_heads=shape.heads,
         mlp_ratio=4, norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True, **decoder,

@@ -1,7 +1,8 @@
 """solo-learn's MAE: its backbone, decoder and loss. Its Lightning module, which also trains a classifier, is left out."""
 
 import importlib
-import sys
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,16 @@ from peers.common import images, shape_of, standing_in, training
 
 def load(path: str) -> tuple[Any, Any, Any]:
     """MaskedAutoencoderViT, MAEDecoder and mae_loss_func, of the four files that they need."""
-    # Its packages import Lightning, DALI and every method; folders without their __init__ do not.
-    folders = {f"solo__{name}": {} for name in ("backbones", "methods", "losses", "utils", "data")}
-    with standing_in(
-        solo={}, **folders, solo__methods__base={"BaseMethod": nn.Module}, solo__data__h5_dataset={"H5Dataset": None}
-    ):
-        for name in ("backbones", "methods", "losses", "utils"):
-            sys.modules[f"solo.{name}"].__path__ = [str(Path(path) / "solo" / name)]
-        vit = importlib.import_module("solo.backbones.vit.vit_mae") if vit_alone(path) else None
-        method, losses = (importlib.import_module(f"solo.{name}.mae") for name in ("methods", "losses"))
-    return vit.MaskedAutoencoderViT, method.MAEDecoder, losses.mae_loss_func
-
-
-def vit_alone(path: str) -> bool:
-    """Have solo.backbones.vit be a folder too: its __init__ imports every ViT."""
-    from types import ModuleType
-
-    module = ModuleType("solo.backbones.vit")
-    module.__path__ = [str(Path(path) / "solo" / "backbones" / "vit")]
-    sys.modules[module.__name__] = module
-    return True
+    # Its packages import Lightning, DALI and every method; the same folders without their __init__ import what is asked for.
+    names = ("backbones", "backbones__vit", "methods", "losses", "utils")
+    folders = {f"solo__{name}": {"__path__": [str(Path(path, "solo", *name.split("__")))]} for name in names}
+    unused = {"solo__methods__base": {"BaseMethod": nn.Module}, "solo__data__h5_dataset": {"H5Dataset": None}}
+    with warnings.catch_warnings(), standing_in(solo={}, solo__data={}, **folders, **unused):
+        warnings.simplefilter("ignore", FutureWarning)  # old names of timm's
+        found = [
+            importlib.import_module(f"solo.{name}") for name in ("backbones.vit.vit_mae", "methods.mae", "losses.mae")
+        ]
+    return found[0].MaskedAutoencoderViT, found[1].MAEDecoder, found[2].mae_loss_func
 
 
 class Model(nn.Module):
@@ -51,8 +42,6 @@ class Model(nn.Module):
 
 def build(spec: dict[str, Any], variant: str) -> Training:
     """Its training step."""
-    from functools import partial
-
     shape, (vit, decoder, loss) = shape_of(spec), load(spec["paths"]["solo-learn"])
     backbone = vit(
         img_size=shape.image, patch_size=shape.patch, embed_dim=shape.width, depth=shape.depth, num_heads=shape.heads,

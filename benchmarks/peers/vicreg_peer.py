@@ -6,9 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from works import Training, embeddings
+from works import Training, embeddings, forget
 
 
 def build(spec: dict[str, Any], variant: str) -> Training:
@@ -26,6 +25,7 @@ def build(spec: dict[str, Any], variant: str) -> Training:
     self = SimpleNamespace(args=args, num_features=pair[0].shape[1], projector=same, backbone=same)
 
     def step() -> None:
-        torch.autograd.grad(main_vicreg.VICReg.forward(self, *pair), pair)
+        main_vicreg.VICReg.forward(self, *pair).backward()
+        forget(pair)
 
     return Training(step, 0)

@@ -4,10 +4,10 @@ python benchmarks/gpu.py --out gpu-results                                what n
 python benchmarks/gpu.py --out gpu-results --peers-at DIR --data DIR --cifar10 TRAIN TEST        all of it
 python benchmarks/gpu.py --dry-run                                        the plan, on any machine
 
-Parts run in order. Each is bounded and leaves OUT/PART.json; a part that is there is not run again (--again PART does), so a call
-that ended early goes on with the same command. `--budget SECONDS` begins no part that may not end in time. A part that fails or
-lacks something is reported, and the others run. OUT/results.json and OUT/RESULTS.md, a section for benchmarks/RESULTS.md, are
-written after every part.
+Parts run in order. Each is bounded and leaves OUT/PART.json; a part that is there is not run again (--again PART does), so a
+call that ended early goes on with the same command. `--budget SECONDS` ends the call; a part that it cuts short leaves nothing
+and is run again by the next one. A part that fails or lacks something is reported, and the others run. OUT/results.json and
+OUT/RESULTS.md, a section for benchmarks/RESULTS.md, are written after every part.
 
 --peers-at   a folder with clones named mae, SimMIM, vicreg and solo-learn; those that are not there are left out
 --data       shards or a folder of JPEG shards for `selfsight bench`; without it 2,000 synthetic photographs are made
@@ -46,6 +46,7 @@ PACKAGES = (
     "pytest",
 )
 PHOTOGRAPHS = 2000
+FIRST = ("tests", "step.mae.ours", "step.mae.both", "step.mae-large.ours", "shards", "bench.plain", "bench.compile")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def main() -> int:
         if state(part, options) != "to do":
             continue
         left = end - time.monotonic()
-        if left < (60 if part.resumable else part.seconds):
+        if left < (60 if part.resumable else part.seconds / 2):
             print(f"{part.name}: not begun, {left:.0f} s are left of the budget; run the same command again")
             continue
         run(part, options, min(part.seconds, left))
@@ -131,10 +132,23 @@ def plan(options: argparse.Namespace) -> list[Part]:
     parts = [Part("tests", (python, "-m", "pytest", "-q", "-k", "gpu or cuda", str(ROOT / "tests")), 300, ("pytest",))]
     for compiled in ("ours", "both", "none"):
         for work in WORKS:
-            words = ("--device", "cuda", "--work", work, "--compile", compiled, "--rounds", "15", "--json", *clones)
+            words = (
+                "--device",
+                "cuda",
+                "--work",
+                work,
+                "--compile",
+                compiled,
+                "--rounds",
+                "15",
+                "--seconds",
+                "8",
+                "--json",
+                *clones,
+            )
             if "loss" not in work or compiled == "none":  # a loss alone is not compiled
                 parts.append(
-                    Part(f"step.{work}.{compiled}", (python, str(HERE / "step.py"), *words), 420, ("accelerate",))
+                    Part(f"step.{work}.{compiled}", (python, str(HERE / "step.py"), *words), 300, ("accelerate",))
                 )
     data, made = options.data or str(out / "photographs" / "shards"), out / "photographs"
     if not options.data:
@@ -144,14 +158,17 @@ def plan(options: argparse.Namespace) -> list[Part]:
     for name, words in {"plain": (), "compile": ("--train.compile", "true")}.items():
         bench = ("bench", str(ROOT / "recipes" / "imagenet" / "vicreg-s16.yaml"), "--data.train", data, "--json")
         batch = ("--train.batch_size", "256", *evaluation_off(), *words)
-        parts.append(Part(f"bench.{name}", (python, "-m", "selfsight", *bench, *batch), 240, ("webdataset",)))
+        parts.append(
+            Part(f"bench.{name}", (python, "-m", "selfsight", *bench, *batch), 240, ("webdataset", "faiss", "sklearn"))
+        )
     scaling = (python, str(HERE / "scaling.py"), "--device", "cuda", "--parallel", "ddp,fsdp", "--json")
     parts.append(Part("scaling", scaling, 540, gpus=2))
     if options.cifar10:
         words = (*options.cifar10, "--scale", "full", "--runs", str(out / "cifar10"), "--json")
         needs = ("webdataset", "faiss", "sklearn")
         parts.append(Part("cifar10", (python, str(HERE / "cifar10.py"), *words), 10 * 3600, needs, resumable=True))
-    return parts
+    order = {name: number for number, name in enumerate(FIRST)}
+    return sorted(parts, key=lambda part: order.get(part.name, len(order)))
 
 
 def evaluation_off() -> tuple[str, ...]:
@@ -188,7 +205,7 @@ def state(part: Part, options: argparse.Namespace) -> str:
 
 
 def run(part: Part, options: argparse.Namespace, limit: float) -> None:
-    """Run it, and keep what it said; one that can go on and ran out of time leaves nothing."""
+    """Run it, and keep what it said; one that was cut short by the budget, or can go on, leaves nothing."""
     print(f"{part.name}: begun, at most {limit:.0f} s", flush=True)
     begun = time.monotonic()
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'ssl'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
@@ -204,7 +221,7 @@ def run(part: Part, options: argparse.Namespace, limit: float) -> None:
         code = 124
     seconds = round(time.monotonic() - begun, 1)
     print(f"{part.name}: exit code {code} after {seconds:.0f} s", flush=True)
-    if code == 124 and part.resumable:
+    if code == 124 and (part.resumable or limit < part.seconds):
         return
     made = {"command": list(part.command), "date": now(), "seconds": seconds, "exit_code": code}
     made |= {"result": parsed(out), "stderr": err[-4000:]}

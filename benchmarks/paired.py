@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -34,7 +35,6 @@ class Competitor:
     def __init__(self, spec: dict[str, Any]) -> None:
         command = [sys.executable, "-W", "ignore", str(HERE / "competitor.py"), json.dumps(spec)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.limit: threading.Timer | None = None
 
     def __enter__(self) -> "Competitor":
         return self
@@ -44,7 +44,8 @@ class Competitor:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe
-            pipe.close()
+            with suppress(BrokenPipeError):  # what was still to be sent to one that had ended
+                pipe.close()
 
     def answer(self) -> dict[str, Any]:
         """Its next answer; {"skipped": why} if it ended without one."""

@@ -2,9 +2,11 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from absent import stand_in
 
 PACKAGES = {"lightly": "pip install 'selfsight[bench]'", "transformers": "pip install 'selfsight[bench]'"}
 REPOSITORIES = {
@@ -85,9 +87,14 @@ def imported(spec: dict[str, Any]) -> Callable[[], Training]:
     """
     who, _, variant = spec["who"].partition(":")
     if who == "selfsight":
-        from selfsight import assemble, backward, finite, processes  # noqa: F401
-
-        return lambda: selfsights_loss(spec) if "loss" in spec["work"] else selfsights(spec)
+        gone = stand_in()
+        try:
+            from selfsight import assemble, backward, finite, processes  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise Missing(f"selfsight needs {error.name}: pip install . in its checkout") from None
+        note = f"without {', '.join(gone)}, which no step uses" if gone else ""
+        make = selfsights_loss if "loss" in spec["work"] else selfsights
+        return lambda: replace(make(spec), note=note)
     if who in REPOSITORIES:
         path = spec["paths"].get(who)
         if not path:
@@ -120,7 +127,7 @@ def recipe_of(spec: dict[str, Any]) -> Any:
     }
     train |= {"device": spec["device"], "compile": spec["compile"]}
     train |= {"parallel": spec["parallel"]} if "parallel" in spec else {}
-    tree = {"run_dir": "/nowhere", "data": {"train": "digits:train"}, "train": train}
+    tree = {"run_dir": "/nowhere", "data": {"train": "nowhere"}, "train": train}
     try:
         return validate(tree | {"encoder": work.encoder | model, "objective": dict(work.objective)}, spec["work"])
     except UsageError as error:
@@ -156,13 +163,22 @@ def selfsights(spec: dict[str, Any]) -> Training:
     return Training(step, sum(parameter.numel() for parameter in trained), alone=alone)
 
 
+class Nowhere:
+    """A set whose samples nobody reads."""
+
+    spec, id, sets = "nowhere", "nowhere", ()
+
+    def __len__(self) -> int:
+        return 10**9
+
+
 def assembled(recipe: Any, accelerator: Any) -> tuple[Any, Any]:
     """The parts of a run and what makes its gradients, as `train` puts them together."""
-    from selfsight import backward
-    from selfsight.assemble import assemble
+    from selfsight import assemble, backward
 
+    assemble.open_samples = lambda data: Nowhere()
     shares = {"world": accelerator.num_processes} if "parallel" in type(recipe.train).model_fields else {}
-    parts = assemble(recipe, accelerator.device, **shares)
+    parts = assemble.assemble(recipe, accelerator.device, **shares)
     kind = backward.Sharded if getattr(parts, "sharded", False) else backward.Averaged
     return parts, kind(parts.objective, accelerator)
 

@@ -195,6 +195,8 @@ def test_absent_libraries_have_stand_ins() -> None:
 
         assert isinstance(no_such_library.part.Name, type)
     finally:
+        for name in ("no_such_library", "no_such_library.part"):
+            sys.modules.pop(name, None)
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, absent.Finder)]
 
 

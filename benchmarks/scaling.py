@@ -4,7 +4,7 @@ python benchmarks/scaling.py --json          1, 2 and 4 processes of one thread;
 
 Every process trains MAE on a batch that lies on its device. Two kinds of step take turns, one as it is and one that tells the
 other ranks nothing (`no_sync`): the second is `compute`, what the first takes longer is `communication` (what of the all-reduce is
-not hidden behind the backward pass). The slowest rank's times count; medians over the rounds, in seconds of a step.
+not hidden behind the backward pass). Sharded weights (fsdp) have no such step. The slowest rank's times count; medians over the rounds, in seconds of a step.
 `efficiency` is rate(N) / (N rate(1)). With more processes than cores it says how well they share them:
 `efficiency_of_cores` is rate(N) / (min(N, cores) rate(1)).
 """
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from math import nan
 from statistics import median
 from typing import Any
 
@@ -138,22 +139,19 @@ def rank(spec: dict[str, Any]) -> int:
     except Missing as missing:
         print(json.dumps({"skipped": str(missing)}), flush=True)
         return 0
-    kinds = {"whole": training.step, "compute": training.alone or training.step}
+    kinds = {"whole": training.step} | ({"compute": training.alone} if training.alone else {})
     for step in (training.step, training.step, *kinds.values()):  # the first ones build buckets
         step()
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(spec["rounds"]):
         for name, step in kinds.items():
             times[name].append(slowest(step, spec["world"], spec["device"]))
-    whole, compute = median(times["whole"]), median(times["compute"])
+    whole = median(times["whole"])
     if int(os.environ["RANK"]) == 0:
-        spread = (max(times["whole"]) - min(times["whole"])) / whole
-        made = {
-            "step": whole,
-            "compute": compute,
-            "communication": max(0.0, whole - compute) * (spec["world"] > 1),
-            "spread": spread,
-        }
+        made = {"step": whole, "spread": (max(times["whole"]) - min(times["whole"])) / whole}
+        if training.alone:
+            compute = median(times["compute"])
+            made |= {"compute": compute, "communication": max(0.0, whole - compute) * (spec["world"] > 1)}
         rate = spec["world"] * spec["batch"] / whole
         print(
             json.dumps({"images_per_second": round(rate, 3)} | {key: round(value, 5) for key, value in made.items()}),
@@ -192,7 +190,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         lines.append(
             f"{row['parallel']:10}{row['processes']:10}{row['images_per_second']:10.2f}{row['efficiency']:12.2f}"
-            f"{row['efficiency_of_cores']:10.2f}{row['step']:9.3f}{row['compute']:9.3f}{row['communication']:15.3f}"
+            f"{row['efficiency_of_cores']:10.2f}{row['step']:9.3f}{row.get('compute', nan):9.3f}{row.get('communication', nan):15.3f}"
         )
     return "\n".join(lines + [f"{what}: {why}" for what, why in result["skipped"].items()])
 

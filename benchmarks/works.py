@@ -160,7 +160,8 @@ def selfsights(spec: dict[str, Any]) -> Training:
         with accelerator.no_sync(backward.model):
             step()
 
-    return Training(step, sum(parameter.numel() for parameter in trained), alone=alone)
+    # Sharded weights are gathered in every step: none is without the others.
+    return Training(step, sum(parameter.numel() for parameter in trained), alone=None if parts.sharded else alone)
 
 
 class Nowhere:
@@ -177,9 +178,8 @@ def assembled(recipe: Any, accelerator: Any) -> tuple[Any, Any]:
     from selfsight import assemble, backward
 
     assemble.open_samples = lambda data: Nowhere()
-    shares = {"world": accelerator.num_processes} if "parallel" in type(recipe.train).model_fields else {}
-    parts = assemble.assemble(recipe, accelerator.device, **shares)
-    kind = backward.Sharded if getattr(parts, "sharded", False) else backward.Averaged
+    parts = assemble.assemble(recipe, accelerator.device, world=accelerator.num_processes)
+    kind = backward.Sharded if parts.sharded else backward.Averaged
     return parts, kind(parts.objective, accelerator)
 
 

@@ -1,0 +1,265 @@
+"""The benchmarks of steps: that they compare what they say, tell what is missing, and end; their speeds are in benchmarks/."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import absent
+import competitor
+import gpu
+import paired
+import pytest
+import scaling
+import step
+import torch
+import works
+from peers import common
+
+BENCHMARKS = Path(step.__file__).parent
+TINY = {"image_size": 32, "patch": 8, "width": 32, "depth": 2, "heads": 2}
+
+
+class InThisProcess:
+    """A competitor without a process: started and asked as one."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.said = io.StringIO()
+        self.spec, self.training = spec, None
+
+    def __enter__(self) -> "InThisProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
+
+    def answer(self) -> dict[str, Any]:
+        """What it is."""
+        try:
+            self.training = works.imported(self.spec)()
+        except works.Missing as missing:
+            return {"skipped": str(missing)}
+        return competitor.described(self.training)
+
+    def ask(self, what: str) -> dict[str, Any]:
+        """A round, or the memory."""
+        assert self.training
+        if what == "memory":
+            return {"peak_memory": competitor.Memory(torch.device("cpu")).of(self.training.step)}
+        wall, cpu = competitor.seconds(self.training.step, torch.device("cpu"), 1)
+        return {"wall": wall, "cpu": cpu}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """torch's threads, as they were."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
+    tiny = works.Work(
+        ("lightly", "transformers", "mae"),
+        {"name": "mae", **decoder},
+        2,
+        2,
+        encoder={"name": "vit_tiny_patch16_224", **TINY},
+    )
+    monkeypatch.setitem(works.WORKS, "mae", tiny)
+    monkeypatch.setattr(step, "Competitor", InThisProcess)
+    monkeypatch.setattr(step, "matmul_peak", lambda device, dtype: 1e12)
+    # The peers read their dimensions from timm's model; here from one with those of the work.
+    made = common.timm.create_model
+    monkeypatch.setattr(
+        common.timm,
+        "create_model",
+        lambda name, **options: made(name, **{"embed_dim": 32, "depth": 2, "num_heads": 2} | options),
+    )
+
+
+def test_one_object_says_what_was_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], threads: None
+) -> None:
+    small_work(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["step.py", "--rounds", "2", "--threads", "1", "--device", "cpu", "--json"])
+    assert step.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {
+        "ratios",
+        "images_per_second",
+        "peak_memory",
+        "mfu",
+        "spread",
+        "command",
+        "hardware",
+        "versions",
+        "date",
+        "threads",
+        "batch",
+    } <= {*found}
+    assert {*found["ratios"]} == {*found["spread"]} == {*found["ratios_cpu_time"]} == {"lightly", "transformers"}
+    assert found["skipped"]["mae"].startswith("give --mae PATH")
+    each = found["each"]
+    assert {*each} == {"selfsight", "lightly", "transformers"}
+    assert found["images_per_second"] == each["selfsight"]["images_per_second"] > 0
+    assert each["selfsight"]["rounds"] == 4 and each["lightly"]["rounds"] == 2
+    for facts in each.values():
+        assert facts["mfu"] == pytest.approx(facts["flops"] * facts["images_per_second"] / 2 / 1e12, abs=1e-4)
+        assert facts["attention"] in ("fused", "explicit")
+    # The same work: as many weights (a class token's decoder position may be one of them), and ours never more products.
+    sizes = [facts["parameters"] for facts in each.values()]
+    assert max(sizes) - min(sizes) <= 0.01 * max(sizes)
+    assert 0.8 * each["transformers"]["flops"] < each["selfsight"]["flops"] <= each["transformers"]["flops"]
+
+
+def test_processes_take_turns_and_end() -> None:
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "step.py"),
+        "--work",
+        "vicreg-loss-2048",
+        "--peers",
+        "vicreg,lightly",
+        "--batch",
+        "16",
+    ]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--threads", "1", "--device", "cpu", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert {*found["ratios"]} == {"lightly"} and found["ratios"]["lightly"] > 0
+    assert found["memory_ratios"]["lightly"] > 0 and found["matmul_peak"]["fp32"] > 0
+    assert found["skipped"] == {"vicreg": "give --vicreg PATH, a checkout of github.com/facebookresearch/vicreg"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"), [("--peers", "lightly,nobody", "transformers"), ("--work", "nothing", "simmim")]
+)
+def test_an_unknown_name_is_told_those_that_are_known(
+    option: str, value: str, known: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        step.parse([option, value])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and repr(value.split(",")[-1]) in told and known in told
+
+
+def test_every_work_suits_the_device() -> None:
+    assert "mae-large" not in step.parse(["--all", "--device", "cpu"]).work
+    assert step.parse(["--work", "vicreg-loss", "--device", "cpu"]).work == ["vicreg-loss-2048", "vicreg-loss-8192"]
+
+
+def test_what_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = {"work": "mae", "paths": {"mae": str(tmp_path / "nowhere")}}
+    with pytest.raises(works.Missing, match="no such folder"):
+        works.imported(spec | {"who": "mae:explicit"})
+    monkeypatch.setitem(sys.modules, "peers.lightly_peer", None)
+    with pytest.raises(works.Missing, match=r"pip install 'selfsight\[bench\]'"):
+        works.imported(spec | {"who": "lightly"})
+
+
+def test_ratios_are_of_pairs() -> None:
+    assert paired.ratio([1.0, 2.0, 4.0], [2.0, 3.0, 4.0]) == (1.5, 1.0)
+    order: list[str] = []
+    ask = lambda name, wall: SimpleNamespace(ask=lambda _: order.append(name) or {"wall": wall, "cpu": 1.0})  # noqa: E731
+    mine, others, why = paired.in_turn(ask("ours", 1.0), ask("theirs", 2.0), 9, 0.0)  # type: ignore[arg-type]
+    assert (
+        order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"] and not why
+    )  # three at least, whatever the seconds
+    assert [one.wall for one in mine] == [1.0] * 3 and [one.wall for one in others] == [2.0] * 3
+    gone = SimpleNamespace(ask=lambda _: {"skipped": "why"})
+    assert paired.in_turn(ask("ours", 1.0), gone, 1, 0.0) == ([], [], "why")  # type: ignore[arg-type]
+
+
+def test_a_competitor_that_dies_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with paired.Competitor({}) as broken:
+        assert broken.answer()["skipped"].startswith("failed with exit code 1")
+        assert "skipped" in broken.ask("round")
+    assert "KeyError" in capfd.readouterr().err
+
+
+def test_absent_libraries_have_stand_ins() -> None:
+    assert absent.stand_in(("torch",)) == []
+    try:
+        assert absent.stand_in(("no_such_library", "torch")) == ["no_such_library"]
+        import no_such_library.part  # type: ignore[import-not-found]
+
+        assert isinstance(no_such_library.part.Name, type)
+    finally:
+        for name in ("no_such_library", "no_such_library.part"):
+            sys.modules.pop(name, None)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, absent.Finder)]
+
+
+def test_efficiency_is_of_one_processs_rate() -> None:
+    row, first = {"processes": 4, "images_per_second": 6.0}, {"processes": 1, "images_per_second": 2.0}
+    assert scaling.efficiency(row, first, 2) == {"efficiency": 0.75, "efficiency_of_cores": 1.5}
+
+
+def options_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+    return gpu.parse()
+
+
+def test_the_plan_for_a_gpu_is_shown_anywhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "SimMIM").mkdir()
+    words = ("--dry-run", "--json", "--peers-at", str(tmp_path), "--cifar10", "a", "b", "--out", str(tmp_path / "out"))
+    options_of(monkeypatch, *words)
+    assert gpu.main() == 0
+    told = json.loads(capsys.readouterr().out)
+    groups = {part["group"] for part in told}
+    assert groups == {"tests", "step", "shards", "bench", "scaling", "cifar10"} and not (tmp_path / "out").exists()
+    steps = [part["command"] for part in told if part["group"] == "step"]
+    assert all("--simmim" in command and "--mae" not in command for command in steps)
+    for command in steps:  # step.py takes them
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        step.parse(command[2:])
+
+
+def test_parts_are_kept_and_one_that_fails_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    python = sys.executable
+    parts = [
+        gpu.Part("step.a.ours", (python, "-c", "raise SystemExit(3)"), 20),
+        gpu.Part("scaling", (python, "-c", "print('words'); print('{\"rows\": 1}')"), 20),
+        gpu.Part("tests", (python, "-c", "import time; time.sleep(60)"), 0.5),
+        gpu.Part("bench.cut", (python, "-c", "import time; time.sleep(60)"), 60),
+        gpu.Part("cifar10", (python,), 20, needs=("no_such_library",)),
+        gpu.Part("shards", (python,), 20, gpus=2),
+    ]
+    monkeypatch.setattr(gpu, "plan", lambda options: parts)
+    monkeypatch.setattr(gpu, "gpus", lambda: 1)
+    monkeypatch.setattr(
+        gpu, "about", lambda: {"hardware": "a GPU", "cuda": None, "python": "3", "versions": {"torch": "2"}}
+    )
+    options = options_of(monkeypatch, "--out", str(tmp_path), "--budget", "28")
+    assert gpu.main() == 1
+    states = json.loads((tmp_path / "results.json").read_text())["states"]
+    assert states["step.a.ours"] == "failed with exit code 3" and states["scaling"] == "done"
+    assert (
+        states["tests"] == "failed with exit code 124" and states["bench.cut"] == "to do"
+    )  # not begun: it would not end
+    assert states["cifar10"] == "needs no_such_library" and states["shards"] == "needs 2 GPUs, torch sees 1"
+    assert json.loads((tmp_path / "scaling.json").read_text())["result"] == {"rows": 1}
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| scaling | done |" in page and "## On a GPU" in page
+    before = (tmp_path / "scaling.json").read_text()
+    gpu.main()
+    assert (tmp_path / "scaling.json").read_text() == before  # not run again
+    gpu.run(parts[3], options, 0.5)
+    assert not (tmp_path / "bench.cut.json").exists()  # cut by the budget, not by its own limit
+    options_of(monkeypatch, "--out", str(tmp_path), "--again", "scaling")
+    assert not (tmp_path / "scaling.json").exists()
+    capsys.readouterr()

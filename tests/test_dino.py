@@ -560,6 +560,23 @@ def test_every_trained_parameter_gets_a_gradient_though_no_patch_is_masked(balan
     assert objective.center.isfinite().all()
 
 
+def test_a_step_that_the_device_left_out_changes_nothing() -> None:
+    plain, taken, left_out = (make(ibot=1.0) for _ in range(3))
+    before = {name: value.clone() for name, value in left_out.state_dict().items()}
+    for objective, took in ((plain, None), (taken, torch.tensor(1.0)), (left_out, torch.tensor(0.0))):
+        objective(make_batch())
+        if objective is left_out:
+            objective.seen = {which: (outputs * torch.nan, count) for which, (outputs, count) in objective.seen.items()}
+        objective.took = took
+        objective.after_step(2, 10)
+        assert not objective.seen
+    assert all(torch.equal(value, before[name]) for name, value in left_out.state_dict().items())
+    assert plain.center.any(1).all()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in taken.state_dict().items())
+    moved = [name for name, value in plain.state_dict().items() if not torch.equal(value, before[name])]
+    assert {name.partition(".")[0] for name in moved} == {"center", "teacher", "teacher_head", "teacher_patch_head"}
+
+
 def test_a_checkpoint_holds_center_and_teacher() -> None:
     objective = make(ibot=1.0)
     for step in range(2):

@@ -28,7 +28,7 @@ from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.loading import load_encoder
 from selfsight.objectives import OBJECTIVES, build_objective, config_type, load_plugin, parse_objective
-from selfsight.objectives.base import Objective
+from selfsight.objectives.base import EMATaught, Objective
 from selfsight.objectives.configs import DINOConfig, MAEConfig, ObjectiveConfig, VICRegConfig
 from selfsight.recipe import DataConfig, EncoderConfig, load
 from selfsight.run_folder import read_lines
@@ -453,3 +453,48 @@ def test_one_image_at_a_time_is_refused_by_who_compares_them(small_shards: Path)
     assert parts.fingerprint()["train"]["accumulate"] == 2
     alone = assemble(load("digits/mae", sets | {"train.batch_size": 4, "train.accumulate": 4}), torch.device("cpu"))
     assert "accumulate" not in alone.fingerprint()["train"]
+
+
+# --- steps of which only the device knows whether they were taken ---
+
+
+def test_who_defines_what_follows_a_step_says_whether_it_heeds_the_device() -> None:
+    class Careless(EMATaught):
+        def after_step(self, step: int, steps: int) -> None:
+            self.did = step
+
+    class Careful(Careless):
+        heeds_took = True
+
+        def after_step(self, step: int, steps: int) -> None:
+            super().after_step(step, steps)
+
+    class Quiet(EMATaught):
+        pass
+
+    assert (Objective.heeds_took, EMATaught.heeds_took, Quiet.heeds_took) == (False, True, True)
+    assert (Careless.heeds_took, Careful.heeds_took) == (False, True)
+    assert objectives._find("dino").heeds_took and objectives._find("data2vec").heeds_took
+    assert all(
+        objectives._find(name).heeds_took or objectives._find(name).after_step is Objective.after_step
+        for name in OBJECTIVES
+        if name != "joint"
+    )
+
+
+@pytest.mark.parametrize(("taught", "heeds"), [("dino", True), ("data2vec", False)])
+def test_a_joint_heeds_the_device_if_its_parts_do(taught: str, heeds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    kind = objectives._find(taught)
+    monkeypatch.setattr(kind, "heeds_took", heeds)
+    monkeypatch.setattr(kind, "after_step", lambda self, step, steps: told.append(self.took))
+    parts = {"first": {"objective": {"name": "rotation"}}, "second": {"objective": {"name": taught}}}
+    if taught == "data2vec":
+        parts["second"]["objective"]["mask_size"] = 4  # type: ignore[assignment]
+    else:
+        parts["second"]["objective"] |= {"outputs": 8, "local_views": 0}  # type: ignore[dict-item]
+    joint = build_objective(parse_objective({"name": "joint", "parts": parts}), encode())
+    assert joint.heeds_took == heeds
+    joint.took = torch.tensor(0.0)
+    joint.after_step(1, 2)
+    assert told == [joint.took]

@@ -1,5 +1,6 @@
 """Schedules and groups against formulas written out."""
 
+import copy
 import math
 
 import pytest
@@ -97,6 +98,21 @@ def test_the_average_is_a_running_one() -> None:
                 expected[name] = 0.9 * expected[name] + 0.1 * value
     for name, value in average.state_dict().items():
         assert torch.allclose(value, expected[name]), name
+
+
+def test_an_average_follows_only_a_step_that_was_taken() -> None:
+    torch.manual_seed(0)
+    live, plain = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    nn.init.normal_(plain.weight)
+    taken, left_out = copy.deepcopy(plain), copy.deepcopy(plain)
+    before = copy.deepcopy(plain.state_dict())
+    move_average(plain, live, 0.9)
+    move_average(taken, live, 0.9, torch.tensor(1.0))
+    move_average(left_out, live, 0.9, torch.tensor(0.0))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(taken.state_dict()[name], value), name
+        assert torch.equal(left_out.state_dict()[name], before[name]), name
+    assert not torch.equal(plain.weight, before["weight"])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from selfsight.encoder import PLANE_TABLES, Encoder
 from selfsight.errors import UsageError
 from selfsight.recipe import OptimConfig
+from selfsight.sharding import local
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
@@ -70,8 +71,19 @@ def _scale(name: str, encoder: Encoder, decay: float) -> float:
 
 
 @torch.no_grad()
-def move_average(average: nn.Module, live: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * live, for all parameters and floating buffers, in place."""
-    theirs = [tensor.detach() for tensor in live.state_dict().values() if tensor.is_floating_point()]
-    ours = [tensor for tensor in average.state_dict().values() if tensor.is_floating_point()]
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+def move_average(average: nn.Module, live: nn.Module, decay: float, took: Tensor | None = None) -> None:
+    """average = decay * average + (1 - decay) * live, for all parameters and floating buffers, in place.
+
+    Args:
+        took: 1 or 0 on the device (a number without dimensions): at 0 the average stays what it is. None: 1.
+    """
+    theirs = [local(tensor.detach()) for tensor in live.state_dict().values() if tensor.is_floating_point()]
+    ours = [local(tensor) for tensor in average.state_dict().values() if tensor.is_floating_point()]
+    if took is None:
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        return
+    # One of the two is multiplied by 1 and the other by 0, so the bits are those of the one: there is no foreach `where`.
+    moved = torch._foreach_lerp(ours, theirs, 1 - decay)
+    torch._foreach_mul_(moved, took)
+    torch._foreach_mul_(ours, 1 - took)
+    torch._foreach_add_(ours, moved)

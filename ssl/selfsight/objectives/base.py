@@ -1,11 +1,11 @@
 """What an objective is: a batch in, a loss and its named terms out. It knows nothing of ranks, logs or checkpoints."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import cos, pi
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from selfsight.errors import UsageError
 from selfsight.objectives.across import first_position
 from selfsight.objectives.configs import EMATeacherConfig, ObjectiveConfig
 from selfsight.optim import move_average
+from selfsight.precision import exact as exact  # the losses' own, found here
 from selfsight.stem import sample_channels
 
 
@@ -62,6 +63,17 @@ class Objective(nn.Module):
     """Whether it turns normalised views back into pixels, with the encoder's mean and deviation."""
     uses_head: bool = True
     """Whether it may train what comes after the encoder's tokens."""
+    took: Tensor | None = None
+    """Set before `after_step` where only the device knows whether the optimizer took the step: 1.0 or 0.0, a number without
+    dimensions. None: it did."""
+    heeds_took: bool = False
+    """Whether `after_step` changes nothing where `took` is 0, without waiting for the device; said by the class that
+    defines `after_step`. If it does not, a run waits for the device before it calls it."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "after_step" in cls.__dict__ and "heeds_took" not in cls.__dict__:
+            cls.heeds_took = False  # what its base said was of another `after_step`
 
     def __init__(self, encoder: Encoder, config: ObjectiveConfig) -> None:
         super().__init__()
@@ -145,6 +157,7 @@ class EMATaught(Objective):
     """An objective whose teacher is a running average of its student, and is what is scored and exported."""
 
     config: EMATeacherConfig
+    heeds_took = True
 
     def __init__(self, encoder: Encoder, config: EMATeacherConfig) -> None:
         super().__init__(encoder, config)
@@ -171,12 +184,16 @@ class EMATaught(Objective):
         """Move the teacher; its decay rises from `momentum` to 1 along half a cosine."""
         decay = 1 - (1 - self.config.momentum) * (cos(pi * (step - 1) / steps) + 1) / 2
         for average, live in self.averaged():
-            move_average(average, live, decay)
+            move_average(average, live, decay, self.took)
 
 
-def exact(x: Tensor) -> torch.autocast:
-    """Arithmetic as precise as the tensors, whatever autocast says: for losses whose sums are long."""
-    return torch.autocast(x.device.type, enabled=False)
+def blocks_of(objective: nn.Module) -> Iterator[nn.Module]:
+    """Every transformer block of an objective: those of its encoders, teachers included, and of its decoders."""
+    for module in objective.modules():
+        if isinstance(module, Encoder):
+            yield from module.blocks
+        elif isinstance(module, Objective):  # a decoder's, by the name that MAE gives them
+            yield from getattr(module, "blocks", ())
 
 
 def mlp(widths: list[int], norm: type[nn.Module] | None = None, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:

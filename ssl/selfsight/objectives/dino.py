@@ -23,6 +23,7 @@ class DINO(EMATaught):
     """Self-distillation with prototypes."""
 
     config: DINOConfig
+    heeds_took = True
 
     def __init__(self, encoder: Encoder, config: DINOConfig) -> None:
         super().__init__(encoder, config)
@@ -157,7 +158,10 @@ class DINO(EMATaught):
         super().after_step(step, steps)
         for which, (outputs, count) in self.seen.items():
             moved = (1 - self.config.center_momentum) * (count > 0)  # a step may have no masked patch at all
-            self.center[which].lerp_(outputs / count.clamp(min=1), moved)
+            center = self.center[which].lerp(outputs / count.clamp(min=1), moved)
+            if self.took is not None:  # chosen, not multiplied: the outputs of a step left out may be NaN
+                center = torch.where(self.took > 0, center, self.center[which])
+            self.center[which] = center
         self.forget_step()
 
     def forget_step(self) -> None:

@@ -1,8 +1,8 @@
 """The faster forms of timm's blocks against timm's own, in values and gradients, fp32 and bf16.
 
 Mutations that these tests caught when they were tried: no scale in the scores, in the queries' gradient or in the keys';
-keys and values swapped; maps not transposed for the values' gradient; heads put back in another order; the fast form for
-normalised queries, masks, or while keys are watched; products in fp32; the fused kernel in bf16.
+maps not transposed for the values' gradient; heads put back in another order; the fast form for normalised queries, masks,
+or while keys are watched; products in fp32; the fused kernel in bf16; the last block's queries or residual of other tokens.
 """
 
 import copy

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from selfsight.backbone import build_backbone, is_plain
+from selfsight.blocks import quicken
 from selfsight.compiled import eager
 from selfsight.drop_path import Draw, draw_drop_paths, key_drop_paths, with_its_draws
 from selfsight.errors import UsageError
@@ -74,6 +75,7 @@ class Encoder(nn.Module):
         self.hierarchical = type(backbone) in (SwinTransformer, SwinTransformerV2)
         self.width: int = self.backbone.num_features
         self._drop_paths = key_drop_paths(backbone)
+        quicken(backbone)
         if "cls" in self.pool and not self.has_class_token:
             raise UsageError(f"encoder.pool: {self.pool}: this model has no class token; use mean or head")
         if self.pool != "head":

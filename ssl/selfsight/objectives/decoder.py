@@ -8,8 +8,22 @@ by itself, so that any part of them gives an unbiased loss, at the cost of that 
 from typing import Any
 
 from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from selfsight.blocks import LastBlock, attend, quicken
+from selfsight.objectives.configs import MAEConfig
+
+
+def decoder_blocks(config: MAEConfig) -> nn.ModuleList:
+    """The blocks of a decoder, first to last; the last of a `self` decoder is asked for the hidden patches alone."""
+    width, heads, depth = config.decoder_width, config.decoder_heads, config.decoder_depth
+    if config.decoder == "cross":
+        return nn.ModuleList(CrossBlock(width, heads) for _ in range(depth))
+    kinds = [Block] * (depth - 1) + [LastBlock]
+    blocks = nn.ModuleList(kind(width, heads, qkv_bias=True) for kind in kinds)
+    quicken(blocks)
+    return blocks
 
 
 class CrossAttention(nn.Module):
@@ -24,9 +38,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """Queries (B, M, D) and memory (B, K, D): (B, M, D)."""
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(memory).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(self.heads, self.q(x), self.kv(memory)))
 
 
 class CrossBlock(nn.Module):

@@ -1,7 +1,7 @@
 """Masked autoencoder (He et al. 2022, arXiv 2111.06377), in the paper's order.
 
-Two departures that change the cost and not the result: hidden patches are dropped before the patch embedding, and the
-decoder's last norm and prediction run on hidden patches only. The decoder sees visible tokens first and hidden ones
+Two departures that change the cost and not the result: hidden patches are dropped before the patch embedding, and from the
+queries of the decoder's last block on there are hidden patches only. The decoder sees visible tokens first and hidden ones
 after them; attention does not care, since each carries its position. Optional: only a part of the hidden patches is
 rebuilt (VideoMAE V2, arXiv 2303.16727), by a decoder without attention among hidden patches (CrossMAE, arXiv 2401.14391),
 other distances, and a second target, the magnitude of the image's gradient.
@@ -11,7 +11,6 @@ arXiv 2203.12602); with channel tokens each patch is one channel's.
 """
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from selfsight.data.placer import Batch
@@ -19,7 +18,7 @@ from selfsight.encoder import Encoder, Tokens, take
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import MAEConfig
-from selfsight.objectives.decoder import CrossBlock
+from selfsight.objectives.decoder import decoder_blocks
 from selfsight.objectives.masks import in_every_plane, random_masking, split_patches
 from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
 from selfsight.positions import sincos
@@ -44,12 +43,7 @@ class MAE(Objective):
             )
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.ModuleList(
-            CrossBlock(width, config.decoder_heads)
-            if config.decoder == "cross"
-            else Block(width, config.decoder_heads, qkv_bias=True)
-            for _ in range(config.decoder_depth)
-        )
+        self.blocks = decoder_blocks(config)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.targets = 2 if config.edges else 1
         self.predict = nn.Linear(width, self.targets * encoder.patch_values)
@@ -116,9 +110,10 @@ class MAE(Objective):
                 masked = block(masked, visible)
             return self.predict(self.norm(masked))
         x = torch.cat([visible, masked.to(visible.dtype)], dim=1)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
-        return self.predict(self.norm(x[:, visible.shape[1] :]))
+        return self.predict(self.norm(last(x, hidden.shape[1])))
 
     def target(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Pixels of the hidden patches (B, M, C p p), each patch normalised if the recipe says so."""

@@ -1,0 +1,111 @@
+"""timm's attention in another form where that is faster: the same weights, names and maths, other products and copies."""
+
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def attend(heads: int, *packed: Tensor) -> Tensor:
+    """Attention of several heads, scaled by the root of their width: (B, M, heads d).
+
+    Args:
+        packed: queries, keys and values side by side, (B, N, 3 heads d); or queries (B, M, heads d), and keys and values
+            (B, N, 2 heads d).
+    """
+    if by_products(packed[0]):
+        return _Products.apply(heads, *packed)
+    q, k, v = (part for one in _by_head(packed, heads) for part in one)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def by_products(x: Tensor) -> bool:
+    """Whether attention is two products and a softmax, and not torch's fused kernel: on a CPU, in bf16.
+
+    Forward and backward of ViT-S's heads of 64 took the fused kernel 5.3, 5.6, 2.8, 2.7, 2.3 and 2.3 times as long at 50,
+    65, 197, 257, 577 and 1,025 tokens, heads of 32 7.2, 6.3, 2.9 and 2.7 times at the first four, forward alone 1.2 to 2.0
+    times (AVX-512 with bf16, one thread, torch 2.15); it never won. In fp32 it is the faster one, and on a GPU always.
+    A rule, not a trial at start: a run that is resumed must add up in the same order.
+    """
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+
+
+def quicken(module: nn.Module) -> None:
+    """Let all of timm's plain attentions in there take the faster form, in place; their tensors and names stay."""
+    for part in module.modules():
+        if type(part) is Attention:
+            part.__class__ = QuickAttention
+
+
+class QuickAttention(Attention):
+    """timm's attention; where it would call the fused kernel, `attend`."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens (B, N, D): (B, N, D)."""
+        if attn_mask is not None or is_causal or not self.fused_attn or not self.plain:
+            return super().forward(x, attn_mask, is_causal)
+        return self.proj_drop(self.proj(attend(self.num_heads, self.qkv(x))))
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing happens between its products, and nobody watches its keys (as merging.py does)."""
+        between = self.q_norm, self.k_norm, self.norm
+        own = self.gate is None and not self.attn_drop.p and all(type(part) is nn.Identity for part in between)
+        return own and not self.k_norm._forward_hooks
+
+
+class LastBlock(Block):
+    """timm's plain block where only some tokens are wanted of it: all have keys and values, only those have queries and go
+    through the projection and the MLP."""
+
+    def forward(self, x: Tensor, count: int) -> Tensor:  # type: ignore[override]
+        """Tokens (B, N, D): the last `count` of what comes out of the block, (B, count, D)."""
+        attn: Any = self.attn
+        width = x.shape[-1]
+        normed = self.norm1(x)
+        q = F.linear(normed[:, -count:], attn.qkv.weight[:width], attn.qkv.bias[:width])
+        kv = F.linear(normed, attn.qkv.weight[width:], attn.qkv.bias[width:])
+        x = x[:, -count:] + attn.proj(attend(attn.num_heads, q, kv))
+        return x + self.mlp(self.norm2(x))
+
+
+class _Products(torch.autograd.Function):
+    """`attend` by batched products over memory in their own order, one copy in and one out in either direction."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: int, *packed: Tensor) -> Tensor:
+        parts = [one.contiguous().flatten(1, 2) for one in _by_head(packed, heads)]
+        q, k, v = (part for one in parts for part in one)
+        ctx.heads, ctx.scale = heads, q.shape[-1] ** -0.5
+        maps = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=ctx.scale).softmax(-1)
+        ctx.save_for_backward(maps, *parts)
+        return _side_by_side(torch.bmm(maps, v)[None], heads)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        maps, *parts = ctx.saved_tensors
+        q, k, v = (part for one in parts for part in one)
+        out = gradients[0].unflatten(2, (ctx.heads, -1)).transpose(1, 2).flatten(0, 1)
+        made = [torch.empty_like(one) for one in parts]
+        dq, dk, dv = (part for one in made for part in one)
+        torch.bmm(maps.mT, out, out=dv)
+        scores = torch._softmax_backward_data(torch.bmm(out, v.mT), maps, -1, maps.dtype)
+        torch.baddbmm(dq, scores, k, beta=0, alpha=ctx.scale, out=dq)
+        torch.baddbmm(dk, scores.mT, q, beta=0, alpha=ctx.scale, out=dk)
+        return None, *(_side_by_side(one, ctx.heads) for one in made)
+
+
+def _by_head(packed: tuple[Tensor, ...], heads: int) -> list[Tensor]:
+    """Views (parts, B, heads, N, d), where the parts are queries, keys and values, or what there is of them."""
+    counts = (3,) if len(packed) == 1 else (1, 2)
+    return [
+        one.unflatten(2, (count, heads, -1)).permute(2, 0, 3, 1, 4) for one, count in zip(packed, counts, strict=True)
+    ]
+
+
+def _side_by_side(parts: Tensor, heads: int) -> Tensor:
+    """(parts, B heads, N, d) -> (B, N, parts heads d)."""
+    return parts.unflatten(1, (-1, heads)).permute(1, 3, 0, 2, 4).flatten(2)

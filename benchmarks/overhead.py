@@ -21,9 +21,9 @@ from accelerate import Accelerator
 
 from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged
-from selfsight.finite import all_finite, gradient_norm
-from selfsight.processes import agree
+from selfsight.finite import BadSteps, Step, gradient_norm
 from selfsight.recipe import load
+from selfsight.verdict import Verdicts
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -76,7 +76,13 @@ def stepping(parts: Parts, repeats: int) -> dict[str, float]:
     whole, noise = seconds(step, repeats)
     losses = backward([host], place)
     norm = gradient_norm(trained)
-    check, _ = seconds(lambda: [agree(accelerator, [not all_finite(losses, norm), False]) for _ in range(100)], repeats)
+    verdicts = Verdicts(accelerator, BadSteps(parts, 0))
+
+    def check_once() -> None:
+        verdicts.ask(Step(1, [], losses, norm), [False] * 5)
+        verdicts.hear()
+
+    check, _ = seconds(lambda: [check_once() for _ in range(100)], repeats)
     norms, _ = seconds(lambda: gradient_norm(trained), repeats)
     return {
         "step_milliseconds": round(1e3 * whole, 2),

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from selfsight.data.transfer import without_waiting
 from selfsight.data.views import View
 
 DRAWS = 9  # uniform numbers that a view's colour is made from
@@ -56,10 +57,10 @@ def _where(
     """`change` the chosen images only. They are known on the host: the device is not waited for."""
     if not chosen.any():
         return pixels
-    index = torch.from_numpy(np.flatnonzero(chosen)).to(pixels.device, non_blocking=True)
+    index = without_waiting(torch.from_numpy(np.flatnonzero(chosen)), pixels.device)
     if values is None:
         return pixels.index_copy(0, index, change(pixels[index]))
-    amounts = torch.from_numpy(values[chosen]).to(pixels.device, pixels.dtype, non_blocking=True)
+    amounts = without_waiting(torch.from_numpy(values[chosen]).to(pixels.dtype), pixels.device)
     return pixels.index_copy(0, index, change(pixels[index], amounts.view(-1, 1, 1, 1)))
 
 

@@ -13,6 +13,7 @@ from selfsight.data.colour import DRAWS, change_colour
 from selfsight.data.device_jpeg import fill
 from selfsight.data.loader import HostBatch
 from selfsight.data.mixture import Mixture
+from selfsight.data.transfer import without_waiting
 from selfsight.data.views import View
 
 PART_BYTES = 2**20  # that are normalised at once
@@ -40,7 +41,7 @@ class Batch:
         float64, because the order of thousands of float32 draws would have ties.
         """
         draws = keyed.uniform(self.seed, purpose, self.positions.numpy(), count)
-        return torch.from_numpy(draws).to(self.views[0].device, non_blocking=True)
+        return without_waiting(torch.from_numpy(draws), self.views[0].device)
 
 
 @cache
@@ -88,7 +89,7 @@ class Placer:
         """The batch that an objective sees, when this share of the run is done."""
         made, mean, std = [], self.mean, self.std
         if self.samples:
-            sets = torch.from_numpy(self.samples.set_of(host.ids.numpy())).to(mean.device, non_blocking=True)
+            sets = without_waiting(torch.from_numpy(self.samples.set_of(host.ids.numpy())), mean.device)
             mean, std = mean[sets], std[sets]
         views = arrived(host.views, self.mean.device)
         if host.encoded:

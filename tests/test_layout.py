@@ -110,7 +110,7 @@ def test_the_knobs_are_these() -> None:
         "encoder.weights", "encoder.pool", "encoder.frames", "encoder.tube", "encoder.channel_tokens", "encoder.channel_sampling",
         "optim.lr", "optim.min_lr", "optim.warmup", "optim.weight_decay", "optim.weight_decay_end", "optim.betas", "optim.layer_decay", "optim.clip",
         "train.epochs", "train.steps", "train.batch_size", "train.accumulate", "train.precision", "train.device",
-        "train.compile", "train.checkpoint_blocks", "train.workers", "train.threads", "train.ema", "train.on_collapse", "train.on_nonfinite", "train.deterministic", "train.timeout",
+        "train.compile", "train.cuda_graphs", "train.checkpoint_blocks", "train.workers", "train.threads", "train.ema", "train.on_collapse", "train.on_nonfinite", "train.deterministic", "train.parallel", "train.timeout",
             "train.log_every", "train.save_every", "train.keep", "train.keep_every",
         "eval.train", "eval.test", "eval.every", "eval.k", "eval.online_samples",
     }  # fmt: skip

@@ -132,7 +132,7 @@ def test_the_decoder_rebuilds_a_part_of_the_hidden_patches(part: float, rebuilt:
     keep, all_hidden = random_masking(batch.uniform("mask", 16), 4)
     seen: list[torch.Tensor] = []
     objective.predict.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    objective.blocks.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    objective.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     objective(batch)
     assert seen[0].shape == (3, 1 + 4 + rebuilt, 16)  # the others are spared the decoder
     assert seen[1].shape == (3, rebuilt, 48)

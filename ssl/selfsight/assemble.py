@@ -32,9 +32,12 @@ from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
 from selfsight.optim import build_optimizer
 from selfsight.past import Past
+from selfsight.precision import ARITHMETIC, resolve
 from selfsight.preprocessing import Preprocessing
 from selfsight.recipe import DataConfig, MixPart, Recipe, merge, validate
 from selfsight.run_folder import differences
+from selfsight.sharding import copy_whole, gathered, is_sharded, load_whole, shard, sharded_by
+from selfsight.switches import switch
 from selfsight.weights import load_weights
 
 
@@ -61,6 +64,20 @@ class Parts:
     def scored(self) -> Encoder:
         """The encoder that is scored and exported."""
         return self.average or self.objective.scored
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has only its share of the weights."""
+        return is_sharded(self.objective)
+
+    def scored_whole(self, keep: bool) -> Encoder | None:
+        """`scored`, or where it is sharded a copy that is not. Then every rank must ask for it; None on those that do not keep it."""
+        if not self.sharded:
+            return self.scored
+        device = next(self.encoder.parameters()).device
+        copied = build_encoder(self.recipe.encoder, self.encoder.preprocessing, 0).to(device) if keep else None
+        copy_whole(self.scored, copied)
+        return copied
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -115,10 +132,15 @@ class Parts:
         given = {"given to the objective": self.objective.outside} if self.objective.outside else {}
         return {"seed": tree["seed"], "data": data, "train": train} | parts | given
 
-    def tensors(self) -> dict[str, checkpoint.Tensors]:
-        """What a checkpoint stores, by file."""
+    def tensors(self, keep: bool = True) -> dict[str, checkpoint.Tensors]:
+        """What a checkpoint stores, by file; where it is sharded, copies on the CPU.
+
+        Args:
+            keep: whether this rank wants them; where they are sharded, every rank must call.
+        """
         stored = {"model": self.objective.state_dict(), "optim": checkpoint.pack_optimizer(self.optimizer, self.names)}
-        return stored | ({"ema": self.average.state_dict()} if self.average else {})
+        stored |= {"ema": self.average.state_dict()} if self.average else {}
+        return {file: gathered(group, keep) for file, group in stored.items()} if self.sharded else stored
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of itself."""
@@ -156,10 +178,10 @@ class Parts:
         if step > self.steps:
             raise StorageError(f"{where}: its checkpoint is of step {step:,}, and the run has {self.steps:,}")
         try:
-            self.objective.load_state_dict(saved.tensors["model"], strict=True)
+            load_whole(self.objective, saved.tensors["model"])
             checkpoint.unpack_optimizer(self.optimizer, self.names, saved.tensors["optim"])
             if self.average:
-                self.average.load_state_dict(saved.tensors["ema"], strict=True)
+                load_whole(self.average, saved.tensors["ema"])
         except (KeyError, RuntimeError) as error:
             raise StorageError(f"{where}: its checkpoint lacks something: {' '.join(str(error).split())}") from None
         if step and not self.optimizer.state and not self.past.left_out:  # a run of bad steps only has none
@@ -206,8 +228,11 @@ def own_statistics(mix: Sequence[MixPart], made: Preprocessing, device: torch.de
     return torch.stack(means), torch.stack(stds)
 
 
-def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...] = ()) -> Parts:
+def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...] = (), world: int = 1) -> Parts:
     """Build every part on the device, with the weights that the recipe's seed gives.
+
+    Args:
+        world: processes that train together, among which large models are shared out; 1: all is whole here.
 
     Raises:
         UsageError, DataError: whatever in the recipe cannot be built, before the first step.
@@ -230,7 +255,6 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
     notes = []
     if recipe.encoder.weights and not checkpoint.steps(recipe.run_dir / "checkpoints"):  # else the checkpoint has them
         notes = load_weights(encoder, recipe.encoder.weights, recipe.encoder.name)
-    encoder.checkpoint_blocks = recipe.train.checkpoint_blocks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         objective = build_objective(recipe.objective, encoder)
@@ -253,14 +277,29 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
             f"data.mix: {objective.config.name} turns views back into pixels, which needs one mean and std for all sets; "
             "give data.mean and data.std"
         )
-    objective.to(device)
     average = copy.deepcopy(encoder).requires_grad_(False) if recipe.train.ema else None
-    if recipe.train.compile:
-        # Blocks share their code, and each drop rate, size and grad mode is a graph of its own: more than torch's 8.
-        torch._dynamo.config.recompile_limit = 64
-        for module in objective.modules():
-            if isinstance(module, Encoder):
-                for block in module.blocks:
-                    block.compile()
+    train, parameters = recipe.train, sum(parameter.numel() for parameter in encoder.parameters())
+    if sharded_by(train.parallel, parameters, world, device.type, bool(train.deterministic)):
+        half = ARITHMETIC[resolve(train.precision, device)][0] == "bf16"
+        shard(objective, average, device, half)
+    for module in (objective, *([average] if average else [])):
+        module.to(device)
+    notes += switch(recipe, objective, average, device)
     optimizer = build_optimizer(objective, encoder, recipe.optim)
     return Parts(recipe, shards, encoder, objective, optimizer, average, steps, notes, allow_change)
+
+
+def unsharded(parts: Parts, device: torch.device) -> Parts:
+    """The same parts, whole on every rank, for what comes after the last step; every rank must take part.
+
+    The optimizer's state is lost: nothing is trained any more.
+    """
+    if not parts.sharded:
+        return parts
+    parts.optimizer.state.clear()
+    found = assemble(parts.recipe, device, parts.allow_change)
+    found.past, found.notes = parts.past, parts.notes
+    copy_whole(parts.objective, found.objective)
+    if parts.average:
+        copy_whole(parts.average, found.average)
+    return found

@@ -31,8 +31,35 @@ class Averaged:
         for micro, host in enumerate(hosts):
             last = micro == len(hosts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses.append(self.model(place(host)))
-                self.accelerator.backward(losses[-1].total / len(hosts))
+                losses.append(self._learn(place(host), len(hosts)))
+        return losses
+
+    def forget(self) -> None:
+        """Nothing is kept from step to step."""
+
+    def _learn(self, batch: Batch, micros: int) -> Loss:
+        loss: Loss = self.model(batch)
+        self.accelerator.backward(loss.total / micros)
+        return loss._replace(total=loss.total.detach())  # or its graph would lie beside that of the next one
+
+
+class Sharded:
+    """Gradients of an objective that FSDP has sharded: each rank ends with its share of their mean over ranks.
+
+    They are reduced after every micro-batch: to wait for the last one would keep all of them whole on every rank, which
+    is what sharding is there to avoid, and would save a third of the communication.
+    """
+
+    def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
+        self.objective, self.accelerator = objective, accelerator
+
+    def __call__(self, hosts: list[HostBatch], place: Place) -> list[Loss]:
+        """Add this step's gradients; the losses of the micro-batches."""
+        losses: list[Loss] = []
+        for host in hosts:
+            with self.accelerator.autocast():
+                losses.append(self.objective(place(host)))
+            (losses[-1].total / len(hosts)).backward()
         return losses
 
     def forget(self) -> None:
@@ -81,7 +108,7 @@ class Canonical:
             # In this thread, on a GPU too: a part that waits for the others must not hold up their backward pass.
             with torch.autograd.set_multithreading_enabled(False):
                 (loss.total / micros).backward()
-            return loss
+            return loss._replace(total=loss.total.detach())
 
         with deterministic():
             return Parts(self.mine).run([partial(learn, number) for number in range(self.mine)])

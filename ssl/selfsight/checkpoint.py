@@ -21,6 +21,7 @@ from torch import Tensor
 from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.faults import faultpoint
 from selfsight.run_folder import sync
+from selfsight.sharding import beside
 
 FORMAT = 1
 MANIFEST, MAX_MANIFEST = "manifest.json", 10**6
@@ -238,7 +239,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str],
         if name not in parameters:
             raise StorageError(f"the checkpoint's optimizer knows {name!r}, which this run does not train")
         # AdamW keeps its step count beside fused parameters on their device.
-        optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
+        optimizer.state[parameters[name]][moment] = beside(value, parameters[name])
 
 
 def _refuse_nonfinite(tensors: dict[str, dict[str, Tensor]]) -> None:

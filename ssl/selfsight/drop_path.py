@@ -17,13 +17,16 @@ class KeyedDropPath(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        # A tensor: a number would be part of a compiled block's code, and each block has a rate of its own.
+        self.register_buffer("share", torch.tensor(1 - rate), persistent=False)
+        self.share: Tensor
         self.kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero the residual branch of the dropped samples; scale the others to keep the mean."""
         if not self.training or self.kept is None:
             return x
-        scale = self.kept.to(x.dtype) / (1 - self.rate)
+        scale = (self.kept.float() / self.share).to(x.dtype)
         return x * scale.view(-1, *[1] * (x.ndim - 1))
 
 

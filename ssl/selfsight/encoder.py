@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from selfsight.backbone import build_backbone, is_plain
+from selfsight.compiled import eager
 from selfsight.drop_path import Draw, draw_drop_paths, key_drop_paths, with_its_draws
 from selfsight.errors import UsageError
 from selfsight.positions import sincos_line
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
         self.preprocessing = preprocessing
         self.config = config
         self.pool: str = config.pool
-        self.checkpoint_blocks = False
+        self.checkpoint_blocks = 0  # the first so many are recomputed in the backward pass
         # Two families have the plain sequence of steps that `forward` spells out; others run as timm wrote them.
         self.plain = is_plain(backbone)
         self.hierarchical = type(backbone) in (SwinTransformer, SwinTransformerV2)
@@ -236,7 +237,7 @@ class Encoder(nn.Module):
         """The number of each block, and the tokens after it."""
         for depth, block in enumerate(self.blocks):
             extra: dict[str, Any] = {} if rope is None else {"rope": rope[depth] if self.backbone.rope_mixed else rope}
-            if self.checkpoint_blocks and self.training:
+            if depth < self.checkpoint_blocks and self.training:
                 x = checkpoint(with_its_draws(block), x, use_reentrant=False, **extra)
             else:
                 x = block(x, **extra)
@@ -493,6 +494,7 @@ def evaluating(encoder: Encoder, device: torch.device | None = None) -> Iterator
     live, training = next(encoder.parameters()).device, encoder.training
     try:
         encoder.eval().to(device or live)
-        yield
+        with eager(encoder):
+            yield
     finally:
         encoder.to(live).train(training)

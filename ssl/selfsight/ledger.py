@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from selfsight.console import say
 from selfsight.data.loader import HostBatch
+from selfsight.sharding import local
 
 if TYPE_CHECKING:  # objectives keep a hash of a teacher's weights by this file
     from selfsight.objectives.base import Loss
@@ -80,9 +81,9 @@ def input_crcs(host: HostBatch) -> list[int]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of every parameter and buffer, in the order of their names."""
+    """SHA-256 of every parameter and buffer, in the order of their names; of sharded ones this rank's share."""
     digest = sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(local(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

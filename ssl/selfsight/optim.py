@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from selfsight.encoder import PLANE_TABLES, Encoder
 from selfsight.errors import UsageError
 from selfsight.recipe import OptimConfig
+from selfsight.sharding import local
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
@@ -76,8 +77,8 @@ def move_average(average: nn.Module, live: nn.Module, decay: float, took: Tensor
     Args:
         took: 1 or 0 on the device (a number without dimensions): at 0 the average stays what it is. None: 1.
     """
-    theirs = [tensor.detach() for tensor in live.state_dict().values() if tensor.is_floating_point()]
-    ours = [tensor for tensor in average.state_dict().values() if tensor.is_floating_point()]
+    theirs = [local(tensor.detach()) for tensor in live.state_dict().values() if tensor.is_floating_point()]
+    ours = [local(tensor) for tensor in average.state_dict().values() if tensor.is_floating_point()]
     if took is None:
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         return

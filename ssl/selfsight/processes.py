@@ -22,6 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs
 import selfsight
 from selfsight import __version__
 from selfsight.errors import PeerLost, Stopped, StorageError, UsageError
+from selfsight.precision import ARITHMETIC, resolve, set_products
 from selfsight.recipe import Recipe
 from selfsight.run_folder import differences
 
@@ -55,11 +56,13 @@ def join(recipe: Recipe) -> Accelerator:
     if world == 1:  # a second run in one process, as in a notebook, may ask for another device or precision
         AcceleratorState._reset_state(reset_partial_state=True)
     cpu = train.device == "cpu" or not torch.cuda.is_available()
-    precision = {"auto": "no" if cpu else "bf16", "fp32": "no", "bf16": "bf16"}[train.precision]
+    precision = resolve(train.precision, torch.device("cpu" if cpu else "cuda"))
+    if not cpu:
+        set_products(precision)
     with found_each_other(5 * train.timeout if world > 1 else None):
         accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision=precision,
+            mixed_precision=ARITHMETIC[precision][0],
             log_with=[*recipe.track] or None,
             project_dir=str(recipe.run_dir),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_LIMIT)],

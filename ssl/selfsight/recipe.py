@@ -176,20 +176,25 @@ class TrainConfig(Section):
     """Images in one optimizer step, over all ranks and micro-batches."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches whose gradients are summed into one step, to fit in memory."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic; auto: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp8"] = "auto"
+    """Arithmetic; auto: bf16 on a GPU, fp32 on a CPU. tf32 and fp8 (the blocks' large products) are a GPU's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: the GPU if there is one."""
     compile: bool = False
     """torch.compile for the transformer blocks: faster on a GPU after a minute of compiling."""
-    checkpoint_blocks: bool = False
-    """Recompute each block in the backward pass: a third slower, far less memory."""
+    cuda_graphs: bool = False
+    """With compile, on a GPU: replay each step's kernels as CUDA graphs; for small models, whose launches take longer than they."""
+    checkpoint_blocks: Literal["auto"] | bool = "auto"
+    """Recompute blocks in the backward pass: all a third slower, far less memory; auto: as many as a GPU's memory asks for."""
     workers: int | None = Field(None, ge=0, le=256)
     """Loader processes for each rank; null: the cores shared among the machine's ranks, at most 8."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of torch in each rank; null: torch's choice, all cores. Tiny models are faster with 1."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a running average of the encoder's weights, which is then what is scored and exported; null: none."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """What several processes share: the batch (ddp), or also weights, gradients and moments (fsdp: less memory, half as much
+    again to send); auto: fsdp for encoders from 1e9 parameters on several GPUs."""
     deterministic: int = Field(0, ge=0)
     """Parts into which a batch is cut, a power of two (8 is usual), whose gradients are summed along one tree: the same weights
     bit for bit on every number of ranks that divides it. 0: off, faster."""
@@ -216,6 +221,14 @@ class TrainConfig(Section):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if self.deterministic and self.compile:
             raise ValueError("deterministic and compile: compiled blocks round in another way; choose one")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs: are those of compiled blocks; set compile too")
+        if self.cuda_graphs and (self.accumulate > 1 or self.checkpoint_blocks is True):
+            raise ValueError(
+                "cuda_graphs: gradients and blocks must not outlive a replay; leave out accumulate and checkpoint_blocks"
+            )
+        if self.deterministic and self.parallel == "fsdp":
+            raise ValueError("deterministic and parallel fsdp: shards are not summed along one tree; choose ddp")
         if self.deterministic & (self.deterministic - 1):
             raise ValueError(f"deterministic {self.deterministic} is not a power of two")
         if self.deterministic and self.batch_size % (self.accumulate * self.deterministic):

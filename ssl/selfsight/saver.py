@@ -50,11 +50,14 @@ class Saver:
         fatal = self.failures >= FAILURES or isinstance(self.error, NumericError)
         return self.error if fatal else None
 
-    def save(self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], wait: bool) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], wait: bool, owned: bool = False
+    ) -> None:
         """Save the state after `step` steps.
 
         Args:
             wait: until it is on the disk.
+            owned: the tensors are copies on the CPU already.
 
         Raises:
             StorageError, NumericError: it could not be written, if `wait`.
@@ -67,10 +70,14 @@ class Saver:
         if step == self.newest:
             return
         faultpoint("save.copy", step)
-        copied = {
-            group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in members.items()}
-            for group, members in tensors.items()
-        }
+        copied = (
+            tensors
+            if owned
+            else {
+                group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in members.items()}
+                for group, members in tensors.items()
+            }
+        )
         self.thread = threading.Thread(target=self._write, args=(step, state, copied, wait), name=SAVER)
         self.thread.start()
         if wait:

@@ -1,5 +1,6 @@
 """The training loop, on one page."""
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -14,8 +15,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_
 
 from selfsight import checkpoint, console
-from selfsight.assemble import Parts, assemble
-from selfsight.backward import Averaged, Canonical
+from selfsight.assemble import Parts, assemble, unsharded
+from selfsight.backward import Averaged, Canonical, Sharded
 from selfsight.collapse import EVERY, CollapseWatch
 from selfsight.cost import spent_before
 from selfsight.data.feed import feed
@@ -36,7 +37,7 @@ from selfsight.eval.online import watcher
 from selfsight.eval.ranks import of_run
 from selfsight.faults import faultpoint
 from selfsight.finish import finish
-from selfsight.finite import BadSteps, all_finite, gradient_norm
+from selfsight.finite import BadSteps, Step, gradient_norm
 from selfsight.ledger import Ledger
 from selfsight.metrics import Meter, MetricsLog, end_trackers, require_trackers, start_trackers
 from selfsight.objectives.base import Loss
@@ -48,6 +49,7 @@ from selfsight.recipe import Recipe, load
 from selfsight.redact import redact_tree
 from selfsight.run_folder import STOPPED, RunLock, cut_lines_after, remove_if_empty, require_writable, write_atomically
 from selfsight.saver import Saver
+from selfsight.verdict import Verdicts, may_be_late
 
 # For which all ranks end a run at the same step; for the last two nothing can be saved.
 ENDINGS = Stopped, DataGone, DataError, StorageError, NumericError
@@ -86,12 +88,12 @@ def pretrain(
         if main:
             stack.enter_context(RunLock(recipe.run_dir))
         try:
-            parts = assemble(recipe, accelerator.device, allow_change)
+            parts = assemble(recipe, accelerator.device, allow_change, accelerator.num_processes)
             train(parts, accelerator, stop, peers)
             stop.at_once()
             peers.now(parts.steps, "scoring")
             ranks = of_run(accelerator.process_index, accelerator.num_processes)
-            found = finish(parts, accelerator.device, loader_workers(recipe), ranks)
+            found = finish(unsharded(parts, accelerator.device), accelerator.device, loader_workers(recipe), ranks)
         except RuntimeError as error:  # a collective fails so when a rank is gone
             if lost := peers.who(error):
                 raise PeerLost(lost) from error
@@ -109,95 +111,111 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     before = spent_before(folder / "metrics.jsonl")  # then the lines of lost work are cut
     first = resume(parts, accelerator)
     cut = config.deterministic
-    backward = Canonical(parts.objective, accelerator, cut) if cut else Averaged(parts.objective, accelerator)
+    summed = Sharded if parts.sharded else Averaged
+    backward = Canonical(parts.objective, accelerator, cut) if cut else summed(parts.objective, accelerator)
     trained = [parameter for parameter in parts.objective.parameters() if parameter.requires_grad]
     place, ledger, meter = parts.placer(device), Ledger(folder, rank), Meter(config.batch_size, device, before)
     log = MetricsLog(folder / "metrics.jsonl", accelerator)
     saver = Saver(folder / "checkpoints", config.keep, config.keep_every, log.path)
     collapse, divergence = CollapseWatch(config.on_collapse == "stop", parts.past), DivergenceWatch(parts.past)
-    bad = BadSteps(folder, config.on_nonfinite == "stop", parts.past, parts.objective)
+    bad = BadSteps(parts, rank)
     online = watcher(recipe.eval, parts.shards, loader_workers(recipe)) if main else None
     start_trackers(accelerator, folder.name, redact_tree(recipe.model_dump(mode="json")))
 
     def save(step: int, wait: bool) -> None:
         peers.now(step, "saving")
-        if main:
-            with meter.pause():
-                saver.save(step, parts.state(), parts.tensors(), wait)
+        with meter.pause():
+            tensors = parts.tensors(main) if main or parts.sharded else {}  # of shards all ranks have a part
+            if main:
+                saver.save(step, parts.state(), tensors, wait, owned=parts.sharded)
 
-    data = Feeder(parts, accelerator, first, meter, stop)
+    late = may_be_late(device, parts.objective, parts.optimizer)
+    data, verdicts = Feeder(parts, accelerator, first, 2 if late else 1, meter, stop), Verdicts(accelerator, bad)
 
     def reasons() -> list[bool]:
         found = data.problem or saver.failed
         return [stop.asked, *(isinstance(found, kind) for kind in ENDINGS[1:])]
 
+    def end_if(ending: list[bool], done: int, end: str = "") -> None:
+        """End the run after `done` steps for its numbers, or for what all ranks agree on; saved, unless it cannot be."""
+        why = NumericError if end else next((why for why, agreed in zip(ENDINGS, ending, strict=True) if agreed), None)
+        if why and done > first and (end or why not in ENDINGS[3:]):
+            save(done, wait=True)
+        if why:
+            leave(folder, accelerator, done, steps, why, NumericError(end) if end else saver.failed or data.problem)
+
     with saver, console.progress("training", steps, first, quiet=not main) as bar:
-        hosts = data.of_step(first)
+        data.read()
+        meter.restart()
         ending = agree(accelerator, reasons())
         for step in range(first, steps):
-            for why, agreed in zip(ENDINGS, ending, strict=True):
-                if agreed:
-                    if step > first and why not in ENDINGS[3:]:
-                        save(step, wait=True)
-                    leave(folder, accelerator, step, steps, why, saver.failed or data.problem)
+            end_if(ending, step)
             peers.now(step, "learning")
             faultpoint("learn", step + 1)
             bad.keep()
+            hosts = data.take()
             losses = backward(hosts, partial(place, progress=step / steps))
             norm = gradient_norm(trained)
             faultpoint("learned", step + 1)
             peers.now(step, "reading data")
-            used, hosts = hosts, data.of_step(step + 1)
-            finite = all_finite(losses, norm)
+            data.read()
             peers.now(step, "waiting for the other ranks")
-            broken, *ending = agree(accelerator, [not finite, *reasons()])
-            done, end = step + 1, ""
-            if broken:
-                bad.record(done, rank, recipe.seed, used, losses, norm, parts.shards)
-                end = bad.leave_out(done, quiet=not main)
+            done, end, broken = step + 1, "", False
+            if verdicts.open:  # of the step before
+                _, end, ending = verdicts.hear()
+                if end or any(ending):
+                    bad.undo()  # what this step has changed, which nobody takes
+                end_if(ending, step, end)
+            told = verdicts.ask(Step(done, bare(hosts), losses, norm), reasons())
+            scoring, saving = due(done, recipe.eval.every, steps), done == 1 or due(done, config.save_every, steps)
+            logging, looking = scoring or due(done, config.log_every, steps), done < EVERY or due(done, EVERY, steps)
+            if late and not (saving or logging or looking):
+                bad.put_back(told)  # before an average of the encoder takes it up
+                update(parts, step, trained, norm, told)
             else:
-                update(parts, step, trained, norm)
+                broken, end, ending = verdicts.hear()
+                bad.undo() if broken else update(parts, step, trained, norm)
             parts.optimizer.zero_grad()
             backward.forget()
 
-            ledger.write(done, used, losses, norm, parts.objective)
+            ledger.write(done, hosts, losses, norm, parts.objective)
             faultpoint("update", done)
             meter.step()
             bar()
-            scoring = due(done, recipe.eval.every, steps)
-            logging, looking = scoring or due(done, config.log_every, steps), done == 1 or due(done, EVERY, steps)
-            means = mean_loss(losses, accelerator) if logging or looking or done < EVERY else {}
+            means = mean_loss(losses, accelerator) if logging or looking else {}
             watched = collapse(done, losses[-1], accelerator) if logging or looking else {}
-            if looking or done < EVERY:
+            if looking:
                 divergence(done, means["loss"], quiet=not main)
             if logging:
                 line = {"step": done, "epoch": round(parts.epoch(done), 4), **means}
-                line |= (
-                    {"lr": lr_at(step, steps, recipe.optim), "grad_norm": norm.item()}
-                    | watched
-                    | ({"left_out": 1} if broken else {})
-                )
-                timing = meter.read(accelerator)
+                line |= {"lr": lr_at(step, steps, recipe.optim), "grad_norm": norm.item(), **watched}
+                timing = ({"left_out": 1} if broken else {}) | meter.read(accelerator)
                 with meter.pause():
                     peers.now(done, "scoring")
-                    log.write(line | (online.score(parts.scored, device) if scoring and online else {}) | timing)
-            if end or done == 1 or due(done, config.save_every, steps):
-                save(done, wait=bool(end) or done in (1, steps))
+                    scored = parts.scored_whole(main) if scoring else None
+                    log.write(line | (online.score(scored, device) if scored and online else {}) | timing)
+            if saving:
+                save(done, wait=done in (1, steps))
             if end:
-                accelerator.wait_for_everyone()  # for the save
-                raise NumericError(end)
+                end_if(ending, done, end)
 
 
-def update(parts: Parts, step: int, trained: list[Parameter], norm: Tensor) -> None:
-    """Take optimizer step `step` (from 0) of this clipped gradient, and whatever follows the weights."""
-    recipe, steps = parts.recipe, parts.steps
+def update(parts: Parts, step: int, trained: list[Parameter], norm: Tensor, bad: Tensor | None = None) -> None:
+    """Take optimizer step `step` (from 0) of this clipped gradient, and whatever follows the weights.
+
+    Args:
+        bad: (), 1.0 where the step is to change nothing, if only the device knows that; None: it is good.
+    """
+    recipe, steps, objective = parts.recipe, parts.steps, parts.objective
     if recipe.optim.clip:
         clip_grads_with_norm_(trained, recipe.optim.clip, norm)
     set_rates(parts.optimizer, lr_at(step, steps, recipe.optim), weight_decay_at(step, steps, recipe.optim))
+    parts.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as a GradScaler tells fused optimizers
     parts.optimizer.step()
-    parts.objective.after_step(step + 1, steps)
+    objective.took = None if bad is None else 1 - bad
+    objective.after_step(step + 1, steps)
     if parts.average and recipe.train.ema:
-        move_average(parts.average, parts.encoder, recipe.train.ema)
+        move_average(parts.average, parts.encoder, recipe.train.ema, objective.took)
 
 
 def leave(
@@ -231,10 +249,14 @@ class Feeder:
 
     Args:
         first: the step to begin with.
+        ahead: steps whose batches are at hand after `read`: 2 where all ranks hear only in the step after that a rank has
+            nothing more, and need a batch for that one.
         stop: once it is asked, nothing more is read.
     """
 
-    def __init__(self, parts: Parts, accelerator: Accelerator, first: int, meter: Meter, stop: StopRequest) -> None:
+    def __init__(
+        self, parts: Parts, accelerator: Accelerator, first: int, ahead: int, meter: Meter, stop: StopRequest
+    ) -> None:
         train = parts.recipe.train
         self.steps, self.micros, self.meter, self.stop = parts.steps, train.accumulate, meter, stop
         self.quarantine = Quarantine(parts.recipe.run_dir, accelerator.process_index, parts.recipe.data.bad_share)
@@ -243,23 +265,34 @@ class Feeder:
         self.device = accelerator.device
         pin = self.device.type == "cuda"
         self.batches = feed(batches, numbers, loader_workers(parts.recipe), pin, train.timeout)
+        self.next, self.ahead = first, ahead
+        self.ready: deque[list[HostBatch]] = deque()
         self.problem: DataGone | DataError | None = None
         """Why there is nothing more."""
 
-    def of_step(self, step: int) -> list[HostBatch]:
-        """The micro-batches of step `step` (from 0); none after the last one, or if the run is about to end."""
-        if step >= self.steps or self.stop.asked:  # all ranks agree on it before they would need them
-            return []
-        try:
-            with self.meter.waiting():
-                faultpoint("data", step + 1)
-                hosts = [sent(next(self.batches), self.device) for _ in range(self.micros)]
-            for host in hosts:
-                self.quarantine.record(host)
-        except (DataGone, DataError) as error:
-            self.problem = error
-            return []
-        return hosts
+    def take(self) -> list[HostBatch]:
+        """The micro-batches of the next step."""
+        return self.ready.popleft()
+
+    def read(self) -> None:
+        """Have the next steps' batches at hand; none after the last one, or if the run is about to end."""
+        while len(self.ready) < self.ahead and self.next < self.steps and not (self.stop.asked or self.problem):
+            try:
+                with self.meter.waiting():
+                    faultpoint("data", self.next + 1)
+                    hosts = [sent(next(self.batches), self.device) for _ in range(self.micros)]
+                for host in hosts:
+                    self.quarantine.record(host)
+            except (DataGone, DataError) as error:
+                self.problem = error
+            else:
+                self.ready.append(hosts)
+                self.next += 1
+
+
+def bare(hosts: list[HostBatch]) -> list[HostBatch]:
+    """The batches without their pixels, which take memory."""
+    return [host._replace(views=(), encoded=()) for host in hosts]
 
 
 def resume(parts: Parts, accelerator: Accelerator) -> int:

@@ -1,4 +1,7 @@
-"""A plugin: MAE whose loss at position $POISON, or one of whose weights after $POISON_WEIGHT steps, is not finite."""
+"""A plugin: MAE whose loss at position $POISON, or one of whose weights after $POISON_WEIGHT steps, is not finite.
+
+With $LATE steps are taken before their verdict is heard, as on a GPU.
+"""
 
 import os
 from typing import Any, Literal
@@ -32,6 +35,11 @@ class Poisoned(MAE):
         if step == int(os.environ.get("POISON_WEIGHT", "-1")):
             self.predict.bias[0] = float("nan")
 
+
+if os.environ.get("LATE"):
+    import selfsight.train
+
+    selfsight.train.may_be_late = lambda *_: True
 
 OBJECTIVES = {"poisoned": Poisoned}
 POISONED = {

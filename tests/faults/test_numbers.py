@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from selfsight import checkpoint
 from selfsight.divergence import PATIENCE, WARM, DivergenceWatch
 from selfsight.errors import NumericError
-from selfsight.finite import MOST, WINDOW, BadSteps
+from selfsight.finite import MOST, WINDOW, BadSteps, Step
 from selfsight.objectives.base import Objective
 from selfsight.objectives.dino import DINO
 from selfsight.objectives.mae import MAE
@@ -124,29 +125,38 @@ class Normed(Objective):
         self.norm = torch.nn.BatchNorm1d(3)
 
 
+def bad_steps(folder: Path, **train: Any) -> BadSteps:
+    recipe = load("digits/mae", {"run_dir": str(folder)} | {f"train.{key}": value for key, value in train.items()})
+    return BadSteps(SimpleNamespace(recipe=recipe, past=Past(), objective=Normed()), rank=0)  # type: ignore[arg-type]
+
+
+def bad_step(number: int) -> Step:
+    return Step(number, [], [], torch.tensor(float("nan")))
+
+
 def test_bad_steps_long_ago_are_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    past = Past()
-    bad = BadSteps(tmp_path, False, past, Normed())
-    bad.keep()
-    for step in range(1, 20):
-        assert bad.leave_out(step * (WINDOW // MOST + 1), quiet=step > 1) == ""
-    assert len(past.left_out) == 19
+    bad = bad_steps(tmp_path)
+    for number in range(1, 20):
+        assert bad.leave_out(bad_step(number * (WINDOW // MOST + 1))) == ""
+    assert len(bad.parts.past.left_out) == 19
     assert "it is left out (1 of 3 in 100 steps)" in " ".join(capsys.readouterr().err.split())
-    stopped = BadSteps(tmp_path, True, Past(), Normed())
-    stopped.keep()
-    assert stopped.leave_out(5, quiet=True).startswith("step 5: ")
+    assert bad_steps(tmp_path, on_nonfinite="stop").leave_out(bad_step(5)).startswith("step 5: ")
 
 
-def test_running_statistics_are_as_if_a_bad_step_had_not_been(tmp_path: Path) -> None:
-    objective = Normed()
-    bad = BadSteps(tmp_path, False, Past(), objective)
+@pytest.mark.parametrize("told", [None, 1.0, 0.0])
+def test_running_statistics_are_as_if_a_bad_step_had_not_been(tmp_path: Path, told: float | None) -> None:
+    """Known to the host (None), or to the device alone; of a good step they stay."""
+    bad = bad_steps(tmp_path)
+    objective = bad.objective
+    assert isinstance(objective, Normed)
     objective.norm(torch.randn(4, 3))
     before = {name: value.clone() for name, value in objective.state_dict().items()}
     bad.keep()
     objective.norm(torch.full((4, 3), float("nan")))
     assert objective.norm.running_mean is not None and objective.norm.running_mean.isnan().all()
-    bad.leave_out(2, quiet=True)
-    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
+    bad.undo() if told is None else bad.put_back(torch.tensor(told))
+    same = all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())
+    assert same == (told != 0.0)
 
 
 def test_vectors_that_are_not_finite_are_left_out_too(small_fields: Fields, monkeypatch: pytest.MonkeyPatch) -> None:

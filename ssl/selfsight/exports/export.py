@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from selfsight import checkpoint
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, evaluating
 from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.exports import clean
 from selfsight.exports.card import CARD, Facts, license_of, write_card
@@ -60,7 +58,7 @@ def export(
     facts = facts or Facts()
     told = {**without_home(provenance or {}), **_claimed(facts)}
     draft = folder.with_name(f".draft-{folder.name}")
-    with _resting(encoder):
+    with evaluating(encoder, torch.device("cpu")), torch.no_grad():
         FORMATS[to].require(encoder)
         if half:
             _refuse_overflow(encoder, half)
@@ -119,18 +117,6 @@ def _require(to: str, half: str | None) -> None:
         raise UsageError(f"export: half {half} of {to}: there are {', '.join(HALVES)}, for {also}")
 
 
-@contextmanager
-def _resting(encoder: Encoder) -> Iterator[None]:
-    """On the CPU and in evaluation mode, and then where it was; without gradients."""
-    live, training = next(encoder.parameters()).device, encoder.training
-    encoder.eval().cpu()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        encoder.to(live).train(training)
-
-
 def _refuse_overflow(encoder: Encoder, half: str) -> None:
     for name, tensor in encoder.state_dict().items():
         if tensor.is_floating_point() and not tensor.to(HALVES[half]).isfinite().all():
@@ -180,7 +166,7 @@ def verify_export(encoder: Encoder, folder: Path) -> float:
     form = FORMATS[to]
     batches = clean.batches_of(form.shape(encoder), SIZES)
     theirs = clean.outputs_of(folder, form.clean, batches)
-    with _resting(encoder):
+    with evaluating(encoder, torch.device("cpu")), torch.no_grad():
         live = {f"{n} {size}": t for size, images in batches.items() for n, t in form.expected(encoder, images).items()}
         pairs = [(tensor, theirs[name]) for name, tensor in live.items()]
         if to == "timm" and encoder.volumetric:  # not timm's, but what is loaded

@@ -1,7 +1,7 @@
 """What an objective is: a batch in, a loss and its named terms out. It knows nothing of ranks, logs or checkpoints."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import cos, pi
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from selfsight.errors import UsageError
 from selfsight.objectives.across import first_position
 from selfsight.objectives.configs import EMATeacherConfig, ObjectiveConfig
 from selfsight.optim import move_average
+from selfsight.precision import exact as exact  # the losses' own, found here
 from selfsight.stem import sample_channels
 
 
@@ -223,9 +224,13 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def exact(x: Tensor) -> torch.autocast:
-    """Arithmetic as precise as the tensors, whatever autocast says: for losses whose sums are long."""
-    return torch.autocast(x.device.type, enabled=False)
+def blocks_of(objective: nn.Module) -> Iterator[nn.Module]:
+    """Every transformer block of an objective: those of its encoders, teachers included, and of its decoders."""
+    for module in objective.modules():
+        if isinstance(module, Encoder):
+            yield from module.blocks
+        elif isinstance(module, Objective):  # a decoder's, by the name that MAE gives them
+            yield from getattr(module, "blocks", ())
 
 
 def mlp(widths: list[int], norm: type[nn.Module] | None = None, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:

@@ -45,6 +45,9 @@ class MAEConfig(ObjectiveConfig):
     """Of volumes and channel tokens: patches one by one, or the same places in every plane (tubes, VideoMAE, arXiv 2203.12602)."""
     predict_ratio: float = Field(1.0, gt=0, le=1)
     """Share of the hidden patches that the decoder rebuilds (dual masking, VideoMAE V2, arXiv 2303.16727)."""
+    decoder: Literal["self", "cross"] = "self"
+    """What a hidden patch attends to: all patches (the paper), or the visible ones alone (CrossMAE, arXiv 2401.14391), which
+    costs less, and much less with a `predict_ratio` of a third."""
     decoder_width: int = Field(512, ge=8, le=32768)
     """Width of the decoder's tokens."""
     decoder_depth: int = Field(8, ge=1, le=256)

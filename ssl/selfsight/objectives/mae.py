@@ -3,7 +3,8 @@
 Two departures that change the cost and not the result: hidden patches are dropped before the patch embedding, and the
 decoder's last norm and prediction run on hidden patches only. The decoder sees visible tokens first and hidden ones
 after them; attention does not care, since each carries its position. Optional: only a part of the hidden patches is
-rebuilt (VideoMAE V2, arXiv 2303.16727), other distances, and a second target, the magnitude of the image's gradient.
+rebuilt (VideoMAE V2, arXiv 2303.16727), by a decoder without attention among hidden patches (CrossMAE, arXiv 2401.14391),
+other distances, and a second target, the magnitude of the image's gradient.
 
 Of volumes (B, C, D, S, S) the patches are tubes (Feichtenhofer et al. 2022, arXiv 2205.09113; VideoMAE, Tong et al. 2022,
 arXiv 2203.12602); with channel tokens each patch is one channel's.
@@ -18,6 +19,7 @@ from selfsight.encoder import Encoder, Tokens, take
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import MAEConfig
+from selfsight.objectives.decoder import CrossBlock
 from selfsight.objectives.masks import in_every_plane, random_masking, split_patches
 from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
 from selfsight.positions import sincos
@@ -42,8 +44,11 @@ class MAE(Objective):
             )
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.Sequential(
-            *[Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth)]
+        self.blocks = nn.ModuleList(
+            CrossBlock(width, config.decoder_heads)
+            if config.decoder == "cross"
+            else Block(width, config.decoder_heads, qkv_bias=True)
+            for _ in range(config.decoder_depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.targets = 2 if config.edges else 1
@@ -106,7 +111,13 @@ class MAE(Objective):
         visible = self.embed(torch.cat([tokens.prefix, tokens.patches], dim=1))
         visible = visible + torch.cat([self.positions[:prefix].expand(len(keep), -1, -1), take(places, keep)], dim=1)
         masked = self.mask_token + take(places, hidden)
-        x = self.blocks(torch.cat([visible, masked.to(visible.dtype)], dim=1))
+        if self.config.decoder == "cross":
+            for block in self.blocks:
+                masked = block(masked, visible)
+            return self.predict(self.norm(masked))
+        x = torch.cat([visible, masked.to(visible.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
         return self.predict(self.norm(x[:, visible.shape[1] :]))
 
     def target(self, images: Tensor, hidden: Tensor) -> Tensor:

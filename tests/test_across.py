@@ -71,9 +71,9 @@ def stored_teacher(folder: Path) -> Path:
 
 
 def assert_near(one: torch.Tensor, several: torch.Tensor, scale: float, name: str) -> None:
-    """Equal to 1e-5 of the largest value, or to 2e-6 of `scale`."""
+    """Equal to 1e-5 of the largest value, or to 4e-6 of `scale`: of packed views float32 sums are twice as long."""
     one, several = one.double(), several.double()
-    assert (one - several).abs().max().item() <= 1e-5 * one.abs().max().item() + 2e-6 * scale, name
+    assert (one - several).abs().max().item() <= 1e-5 * one.abs().max().item() + 4e-6 * scale, name
 
 
 @pytest.mark.parametrize("world", [2, 4])

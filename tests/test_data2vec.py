@@ -21,7 +21,7 @@ from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import Data2VecConfig
-from selfsight.objectives.data2vec import Data2Vec, smooth_l1
+from selfsight.objectives.data2vec import Data2Vec
 from selfsight.recipe import DataConfig, EncoderConfig
 
 ENCODER: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2}
@@ -95,12 +95,6 @@ def test_loss_and_floor_are_slow_loops(size: int, ratio: float, beta: float) -> 
     assert found.terms["floor"].item() == pytest.approx(sum(floors) / len(floors), rel=1e-4)
     assert torch.allclose(found.watched["target"].double(), means, atol=1e-5)
     assert not found.terms["floor"].requires_grad and not found.watched["target"].requires_grad
-
-
-def test_the_loss_turns_from_squares_to_absolute_values_at_beta() -> None:
-    mask, zero = torch.tensor([[True, False]]), torch.zeros(1, 2, 1)
-    for error, beta, expected in ((0.5, 2.0, 0.0625), (3.0, 2.0, 2.0), (-3.0, 0.5, 2.75), (0.2, 0.5, 0.04)):
-        assert smooth_l1(zero + error, zero, mask, beta).item() == pytest.approx(expected)
 
 
 def test_masked_pixels_reach_the_target_and_not_the_student() -> None:

@@ -25,7 +25,7 @@ from selfsight.objectives import build_objective
 from selfsight.objectives.across import GlobalBatchNorm
 from selfsight.objectives.base import Setting
 from selfsight.objectives.configs import VICRegConfig
-from selfsight.objectives.vicreg import VICReg, covariance, triples, variance
+from selfsight.objectives.vicreg import VICReg, spread, triples
 from selfsight.recipe import DataConfig, EncoderConfig
 
 ENCODER: dict[str, Any] = {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2}
@@ -47,14 +47,15 @@ def make_batch(count: int = 5) -> Batch:
 
 
 class Given(nn.Module):
-    """Stands for the expander: gives these embeddings, first of the first view, then of the second."""
+    """Stands for the expander: gives these embeddings, of the first view and of the second."""
 
     def __init__(self, *embeddings: torch.Tensor) -> None:
         super().__init__()
-        self.left = list(embeddings)
+        self.views = torch.stack(embeddings)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.left.pop(0)
+        assert len(features) == 2
+        return self.views
 
 
 def embeddings(count: int, width: int, spread: float = 0.7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,15 +125,34 @@ def test_the_papers_weights() -> None:
 @pytest.mark.parametrize(("count", "width"), [(2, 1_000_000), (1_000_000, 2)])
 def test_covariance_needs_no_more_than_the_smaller_square(count: int, width: int) -> None:
     """The larger one would take 4 TB."""
-    assert covariance(torch.ones(1, 1).expand(count, width)).item() == 0
+    assert spread(torch.ones(1, 1).expand(count, width))[1].item() == 0
+
+
+@pytest.mark.parametrize(("count", "width"), [(6, 20), (20, 6), (8, 8)])
+def test_gradients_are_those_of_the_literal_formula(count: int, width: int) -> None:
+    first = embeddings(count, width)[0].detach().double().requires_grad_()
+    weights = torch.tensor([0.7, 1.3], dtype=torch.float64)
+    centred = first - first.mean(0)
+    products = centred.T @ centred / (count - 1)
+    off = products[~torch.eye(width, dtype=torch.bool)]
+    expected = (1 - (first.var(0) + 1e-4).sqrt()).clamp(min=0).mean(), off.square().sum() / width
+    (gradient,) = torch.autograd.grad(weights @ torch.stack(expected), first)
+    for dtype, close in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
+        z = first.detach().to(dtype).requires_grad_()
+        found = torch.stack(spread(z))
+        (ours,) = torch.autograd.grad(weights.to(dtype) @ found, z)
+        assert torch.allclose(found.double(), torch.stack(expected), rtol=close)
+        assert (ours.double() - gradient).norm() < close * gradient.norm()
+    assert 0 < (first.var(0) < 1).sum() < width  # the hinge has both its sides
 
 
 def test_dead_dimensions_have_a_finite_gradient() -> None:
     z = torch.full((4, 3), 2.0, requires_grad=True)
-    (variance(z) + covariance(z)).backward()
+    variance, covariance = spread(z)
+    (variance + covariance).backward()
     assert z.grad is not None
     assert z.grad.isfinite().all()
-    assert variance(z).item() == pytest.approx(1 - 1e-2)
+    assert variance.item() == pytest.approx(1 - 1e-2)
 
 
 def test_mixed_precision_does_not_reach_the_sums() -> None:

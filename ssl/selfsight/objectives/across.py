@@ -201,9 +201,9 @@ class GlobalBatchNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, D)."""
+        """(B, D) -> (B, D), or (V, B, D) -> (V, B, D) of several views, each by its own statistics."""
         x = x.float()
-        count = total(x.new_full((), float(len(x)))).clamp(min=1)
-        centred = x - total(x.sum(0)) / count
-        variance = total(centred.square().sum(0)) / count
+        count = total(x.new_full((), float(x.shape[-2]))).clamp(min=1)
+        centred = x - total(x.sum(-2, keepdim=True)) / count
+        variance = total(centred.square().sum(-2, keepdim=True)) / count
         return centred * (variance + self.eps).rsqrt() * self.weight + self.bias

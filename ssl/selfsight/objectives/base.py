@@ -1,7 +1,7 @@
 """What an objective is: a batch in, a loss and its named terms out. It knows nothing of ranks, logs or checkpoints."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import cos, pi
 from types import MappingProxyType
@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsight import keyed
 from selfsight.data.placer import Batch
 from selfsight.data.views import View
+from selfsight.drop_path import Draw
 from selfsight.encoder import Encoder, Tokens
 from selfsight.errors import UsageError
 from selfsight.objectives.across import first_position
@@ -79,6 +81,8 @@ class Objective(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.config = config
+        # Views in one pass would share the statistics of a batch norm, which are those of one view.
+        self.packs = not any(isinstance(module, _BatchNorm) for module in encoder.modules())
 
     @property
     def compares_images(self) -> bool:
@@ -122,16 +126,28 @@ class Objective(nn.Module):
 
         The feature is what `Encoder.embed` gives, in training.
         """
-        images, pool = batch.views[view], self.encoder.pool
-        key = (id(self.encoder), id(images))  # both outlive the batch
+        key = self._key(batch, view)
         if key not in batch.shared:
-            number = len(batch.shared)
-            shown, channels = self.shown(batch, images)
-            tokens, features = self.encoder.encode(
-                shown, (pool,), lambda purpose, n: batch.uniform(f"{purpose} {number}", n), channels
-            )
-            batch.shared[key] = tokens, features[pool]
+            self.encode_together(batch, view)
         return batch.shared[key]
+
+    def encode_together(self, batch: Batch, *views: int) -> None:
+        """Encode views for `encoded`, tokens and features: those not yet encoded that have one shape in one pass."""
+        shapes: dict[object, list[int]] = {}
+        for view in views:
+            if self._key(batch, view) not in batch.shared:
+                shapes.setdefault(batch.views[view].shape if self.packs else view, []).append(view)
+        for members in shapes.values():
+            numbers = [len(batch.shared) + i for i in range(len(members))]
+            draw = each_view(batch, [str(number) for number in numbers])
+            shown, channels = self.shown(batch, packed([batch.views[view] for view in members]))
+            tokens, features = self.encoder.encode(shown, (self.encoder.pool,), draw, channels)
+            parts = zip(*(part.chunk(len(members)) for part in (*tokens, features[self.encoder.pool])), strict=True)
+            for view, (prefix, patches, feature) in zip(members, parts, strict=True):
+                batch.shared[self._key(batch, view)] = Tokens(prefix, patches), feature
+
+    def _key(self, batch: Batch, view: int) -> tuple[int, int]:
+        return id(self.encoder), id(batch.views[view])  # both outlive the batch
 
     def shown(self, batch: Batch, images: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
         """The images' channels that a step embeds, and which they are: in training with `encoder.channel_sampling` a random
@@ -142,7 +158,8 @@ class Objective(nn.Module):
         first = first_position(batch.positions)
         draws = keyed.uniform(batch.seed, "channels", [first], 1 + config.channels)[0]
         channels = sample_channels(torch.from_numpy(draws))
-        return images[:, channels], channels
+        # Slices, for an index would have to be sent to the device.
+        return torch.cat([images[:, channel : channel + 1] for channel in channels], dim=1), channels
 
     def tokens(self, batch: Batch, view: int) -> Tokens:
         """All tokens of a view."""
@@ -185,6 +202,26 @@ class EMATaught(Objective):
         decay = 1 - (1 - self.config.momentum) * (cos(pi * (step - 1) / steps) + 1) / 2
         for average, live in self.averaged():
             move_average(average, live, decay, self.took)
+
+
+def packed(views: Sequence[Tensor]) -> Tensor:
+    """Views (B, ...) of one shape as one batch, view after view: (V B, ...)."""
+    return views[0] if len(views) == 1 else torch.cat(list(views))
+
+
+def each_view(batch: Batch, names: Sequence[str]) -> Draw:
+    """The draws of packed views: of each those that it would have alone, by its name."""
+    return lambda purpose, count: packed([batch.uniform(f"{purpose} {name}", count) for name in names])
+
+
+def host_uniform(batch: Batch, purpose: str, count: int) -> Tensor:
+    """`Batch.uniform` on the CPU, for what decides shapes: to ask the device for a number would be to wait for it."""
+    return torch.from_numpy(keyed.uniform(batch.seed, purpose, batch.positions.numpy(), count))
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for the device."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def blocks_of(objective: nn.Module) -> Iterator[nn.Module]:

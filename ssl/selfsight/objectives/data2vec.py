@@ -6,15 +6,15 @@ every plane of a volume, or channel of channel tokens, alike.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from selfsight.data.placer import Batch
-from selfsight.encoder import Encoder
+from selfsight.encoder import Encoder, take
 from selfsight.errors import UsageError
 from selfsight.objectives.base import EMATaught, Loss
 from selfsight.objectives.configs import Data2VecConfig
-from selfsight.objectives.masks import cells_of, mask_patches, mask_squares
+from selfsight.objectives.masks import cells_of, mask_patches, mask_squares, masked_tokens
 
 
 class Data2Vec(EMATaught):
@@ -39,16 +39,13 @@ class Data2Vec(EMATaught):
         images = batch.views[0]
         cells = mask_squares(batch.uniform("mask", self.side**2), self.side, self.masked)
         mask = mask_patches(cells, self.encoder, self.config.mask_size)
+        masked = masked_tokens(cells, self.encoder, self.config.mask_size, self.masked)
         with torch.no_grad():
             target = self.teacher(images).patches.float()
             target = F.layer_norm(target, target.shape[-1:])
+            wanted = take(target, masked)
         tokens = self.encoder(images, mask=mask, mask_token=self.mask_token, draw=batch.uniform)
-        loss = smooth_l1(self.predict(tokens.patches).float(), target, mask, self.config.beta)
-        floor = smooth_l1(torch.zeros_like(target), target, mask, self.config.beta)
+        predicted = self.predict(take(tokens.patches, masked)).float()
+        loss = F.smooth_l1_loss(predicted, wanted, beta=self.config.beta)
+        floor = F.smooth_l1_loss(torch.zeros_like(wanted), wanted, beta=self.config.beta)
         return Loss(loss, {"floor": floor}, {"target": target.mean(1)})
-
-
-def smooth_l1(predicted: Tensor, target: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Mean over the masked tokens' dimensions: predicted and target (B, N, D), mask (B, N)."""
-    errors = F.smooth_l1_loss(predicted, target, reduction="none", beta=beta).mean(-1)
-    return (errors * mask).sum() / mask.sum()

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, Tokens, pool_tokens
 from selfsight.errors import UsageError
 from selfsight.objectives.across import GlobalBatchNorm, gather, largest, ranks, total
-from selfsight.objectives.base import EMATaught, Loss, exact, mlp
+from selfsight.objectives.base import EMATaught, Loss, each_view, exact, host_uniform, mlp, packed, sent
 from selfsight.objectives.configs import DINOConfig
 from selfsight.objectives.masks import mask_lowest
 
@@ -72,16 +73,17 @@ class DINO(EMATaught):
         config, temperature = self.config, self.teacher_temperature(batch.progress)
         frozen = batch.progress < config.freeze_prototypes
         with torch.no_grad():
-            taught = [self.teacher(view) for view in batch.views[:2]]
-            outputs = torch.stack([self.teacher_head(pool_tokens(tokens, self.encoder.pool)) for tokens in taught])
+            taught = self.teacher(packed(batch.views[:2]))
+            outputs = self.teacher_head(pool_tokens(taught, self.encoder.pool).unflatten(0, (2, -1)))
             targets = self.balanced(outputs, temperature, 0)
-        masks = [self.mask(batch, number) for number in range(2)] if config.ibot else [None, None]
-        seen = [self.student(batch, number, mask) for number, mask in enumerate(masks)]
-        features = [pool_tokens(tokens, self.encoder.pool) for tokens in seen + self.local_tokens(batch)]
-        logits = torch.stack([self.head(feature, frozen) for feature in features]) / config.student_temperature
+        mask = torch.cat([self.mask(batch, number) for number in range(2)]) if config.ibot else None
+        seen = None if mask is None else self.masked(batch, mask)
+        large = self.whole_features(batch) if seen is None else self.features(seen, 2)
+        features = torch.cat([large, *self.local_features(batch)])
+        logits = self.head(features, frozen, config.student_temperature)
         terms = {"dino": cross_view_entropy(targets, logits)}
-        if config.ibot:
-            terms["ibot"] = self.patch_loss(taught, seen, masks, temperature, frozen)
+        if mask is not None and seen is not None:
+            terms["ibot"] = self.patch_loss(taught.patches, seen.patches, mask, temperature, frozen)
         if config.koleo:
             terms["koleo"] = koleo(gather(features[0].float())) + koleo(gather(features[1].float()))
         weights = {"dino": 1.0, "ibot": config.ibot, "koleo": config.koleo}
@@ -91,46 +93,54 @@ class DINO(EMATaught):
         watched = {"feature": features[0].detach(), "teacher": targets[0]}
         return Loss(loss, {name: term.detach() for name, term in terms.items()}, watched)
 
-    def student(self, batch: Batch, number: int, mask: Any) -> Tokens:
-        """Tokens of a global view, masked or whole."""
-        if mask is None:
-            return self.tokens(batch, number)
-        draw = lambda purpose, count: batch.uniform(f"{purpose} {number}", count)  # noqa: E731
-        return self.encoder(batch.views[number], mask=mask, mask_token=self.mask_token, draw=draw)
+    def whole_features(self, batch: Batch) -> Tensor:
+        """Features (2, B, D) of the global views as they are, which the other parts of a joint may want, too."""
+        self.encode_together(batch, 0, 1)
+        return torch.stack([self.feature(batch, 0), self.feature(batch, 1)])
 
-    def local_tokens(self, batch: Batch) -> list[Tokens]:
-        """Tokens of every local view, all in one pass."""
+    def masked(self, batch: Batch, mask: Tensor) -> Tokens:
+        """Tokens of the global views, view after view, with these patches masked (2 B, N)."""
+        images = packed(batch.views[:2])
+        given = sent(mask, images.device)
+        return self.encoder(images, mask=given, mask_token=self.mask_token, draw=each_view(batch, ("0", "1")))
+
+    def features(self, tokens: Tokens, views: int) -> Tensor:
+        """Features (V, B, D) of packed views."""
+        return pool_tokens(tokens, self.encoder.pool).unflatten(0, (views, -1))
+
+    def local_features(self, batch: Batch) -> list[Tensor]:
+        """Features of all local views in one pass: (V, B, D), or nothing."""
         views = batch.views[2:]
         if not views:
             return []
-
-        def draw(purpose: str, count: int) -> Tensor:
-            return torch.cat([batch.uniform(f"{purpose} local {number}", count) for number in range(len(views))])
-
-        shown, channels = self.shown(batch, torch.cat(views))
-        tokens = self.encoder(shown, any_size=True, draw=draw, channels=channels)
-        return [Tokens(*parts) for parts in zip(*(part.chunk(len(views)) for part in tokens), strict=True)]
+        shown, channels = self.shown(batch, packed(views))
+        draw = each_view(batch, [f"local {number}" for number in range(len(views))])
+        return [self.features(self.encoder(shown, any_size=True, draw=draw, channels=channels), len(views))]
 
     def mask(self, batch: Batch, number: int) -> Tensor:
-        """Which patches of a global view are masked: (B, N) bool; none in some of the images."""
+        """Which patches of a global view are masked: (B, N) bool, on the CPU; none in some of the images."""
         patches = self.encoder.patches
         least, most = self.config.mask_ratio
-        chance, share = batch.uniform(f"mask share {number}", 2).split(1, dim=1)
+        chance, share = host_uniform(batch, f"mask share {number}", 2).split(1, dim=1)
         count = ((least + (most - least) * share) * patches).round().clamp(1, patches - 1)
         count = count * (chance < self.config.mask_probability)
-        return mask_lowest(batch.uniform(f"mask {number}", patches), count)
+        return mask_lowest(host_uniform(batch, f"mask {number}", patches), count)
 
-    def patch_loss(
-        self, taught: list[Tokens], seen: list[Tokens], masks: list[Any], temperature: float, frozen: bool
-    ) -> Tensor:
-        """iBOT's cross-entropy on masked patches: mean over those of an image, then over images, masked or not."""
-        mask = torch.cat(masks)
+    def patch_loss(self, taught: Tensor, seen: Tensor, mask: Tensor, temperature: float, frozen: bool) -> Tensor:
+        """iBOT's cross-entropy on masked patches: mean over those of an image, then over images, masked or not.
+
+        Args:
+            taught: the teacher's patch tokens of both views (2 B, N, D).
+            seen: the student's.
+            mask: (2 B, N) bool, on the CPU: so the number of masked patches is known without asking the device.
+        """
+        index = sent(mask.flatten().nonzero()[:, 0], seen.device)
+        share = sent((mask / mask.sum(1, keepdim=True).clamp(min=1))[mask], seen.device)
         with torch.no_grad():
-            outputs = self.teacher_patch_head(torch.cat([tokens.patches for tokens in taught])[mask])
+            outputs = self.teacher_patch_head(taught.flatten(0, 1).index_select(0, index))
             targets = self.balanced(outputs[None], temperature, 1)[0]
-        logits = self.patch_head(torch.cat([tokens.patches for tokens in seen])[mask], frozen)
-        losses = -(targets * F.log_softmax(logits / self.config.student_temperature, dim=-1)).sum(-1)
-        share = (mask / mask.sum(1, keepdim=True).clamp(min=1))[mask]
+        logits = self.patch_head(seen.flatten(0, 1).index_select(0, index), frozen, self.config.student_temperature)
+        losses = -(targets * F.log_softmax(logits, dim=-1)).sum(-1)
         return (losses * share).sum() / len(mask)
 
     def balanced(self, outputs: Tensor, temperature: float, which: int) -> Tensor:
@@ -141,7 +151,7 @@ class DINO(EMATaught):
             before = self.seen.get(which, (0, 0))
             count = total(outputs.new_full((), float(outputs.shape[0] * outputs.shape[1])))
             self.seen[which] = before[0] + total(outputs.sum((0, 1))), before[1] + count
-        return F.softmax((outputs - self.center[which]) / temperature, dim=-1)
+        return (outputs - self.center[which]).div_(temperature).softmax(-1)
 
     def teacher_temperature(self, progress: float) -> float:
         """Linear warmup, then constant."""
@@ -185,28 +195,48 @@ class Head(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        """Logits in float32."""
+    def forward(self, x: Tensor, frozen: bool = False, temperature: float = 1.0) -> Tensor:
+        """Logits in float32, divided by the temperature; a norm takes the statistics of each view of (V, B, D)."""
         prototypes: Tensor = self.prototypes
         if frozen:  # a gradient of 0 and not None, for DDP waits for one
             prototypes = prototypes.detach() + 0 * prototypes
         prototypes = F.normalize(prototypes, dim=-1) if self.normalize else prototypes
         unit = F.normalize(self.mlp(x).float(), dim=-1)
         with exact(unit):
-            return F.linear(unit, prototypes)
+            return F.linear(unit / temperature, prototypes)
 
 
 def cross_view_entropy(targets: Tensor, logits: Tensor) -> Tensor:
     """Mean cross-entropy over pairs of different views: targets (T, B, K), logits (S, B, K), views in the same order."""
     with exact(logits):
-        pairs = -torch.einsum("tbk,sbk->ts", targets, F.log_softmax(logits, dim=-1)) / targets.shape[1]
-    other = ~torch.eye(len(targets), len(logits), dtype=torch.bool, device=logits.device)
-    return (pairs * other).sum() / other.sum()
+        return _CrossViewEntropy.apply(targets, logits)
+
+
+class _CrossViewEntropy(torch.autograd.Function):
+    """Of the pair (t, s) the entropy is sum(targets[t]) logsumexp(logits[s]) - targets[t] . logits[s]: no pass writes
+    anything as large as the logits before the backward, and that writes only their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, targets: Tensor, logits: Tensor) -> Tensor:
+        other = 1 - torch.eye(len(targets), len(logits), device=logits.device)
+        mean = other / (targets.shape[1] * (other.numel() - min(other.shape)))
+        pairs = targets.sum(-1) @ logits.logsumexp(-1).T - targets.flatten(1) @ logits.flatten(1).T
+        ctx.save_for_backward(targets, logits, mean)
+        return (pairs * mean).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        targets, logits, mean = ctx.saved_tensors
+        weights = (mean * gradients[0]).T  # (S, T)
+        found = logits.softmax(-1).mul_((weights @ targets.sum(-1))[..., None])
+        found.flatten(1).addmm_(weights, targets.flatten(1), alpha=-1)
+        return None, found
 
 
 def entropy(p: Tensor) -> Tensor:
     """In nats, over the last dimension."""
-    return -(p * p.clamp(min=1e-12).log()).sum(-1)
+    return torch.special.entr(p).sum(-1)
 
 
 def sinkhorn(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:

@@ -41,6 +41,16 @@ def mask_patches(cells: Tensor, encoder: Encoder, size: int) -> Tensor:
     return enlarge(cells, size // encoder.patch).flatten(1).repeat(1, encoder.planes)
 
 
+def masked_tokens(cells: Tensor, encoder: Encoder, size: int, masked: int) -> Tensor:
+    """The tokens that come out of the `masked` squares of `size` pixels of each image (B, side, side): (B, M), in order.
+
+    `size` is a multiple of the encoder's stride. Their number is given, for to count them would be to wait for the device.
+    """
+    factor = size // encoder.stride
+    mask = enlarge(cells, factor).flatten(1).repeat(1, encoder.planes)
+    return mask.byte().argsort(dim=1, descending=True, stable=True)[:, : masked * factor**2 * encoder.planes]
+
+
 def split_patches(encoder: Encoder, ratio: float, planes: int = 1) -> tuple[int, int]:
     """How many patches stay visible and how many are hidden, of all or of those of one plane among so many.
 

@@ -5,18 +5,21 @@ moments, the first two are the positive pair, and all three are told apart from 
 """
 
 from math import log, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.objectives.across import GlobalBatchNorm, gather
-from selfsight.objectives.base import Loss, Objective, Setting, exact, mlp
+from selfsight.objectives.base import Loss, Objective, Setting, exact, host_uniform, mlp, sent
 from selfsight.objectives.configs import VICRegConfig
 
+EPSILON = 1e-4  # below the root of the variance
 FEW = 128  # images below which the paper's own ablation (batch size, appendix) has no figures
 
 
@@ -37,15 +40,12 @@ class VICReg(Objective):
 
     def forward(self, batch: Batch) -> Loss:
         """invariance * s + variance * v + covariance * c (equations 1 to 6), of all ranks' images together."""
-        first, second = (gather(self.expander(self.feature(batch, view)).float()) for view in (0, 1))
+        self.encode_together(batch, *range(len(self.views)))
+        features = torch.stack([self.feature(batch, view) for view in (0, 1)])
+        first, second = (gather(embeddings) for embeddings in self.expander(features).float().unbind())
         if len(first) < 2:
             raise UsageError("vicreg: one image has no variance; it needs a batch of two at least")
-        with exact(first):
-            terms = {
-                "invariance": F.mse_loss(first, second),
-                "variance": (variance(first) + variance(second)) / 2,
-                "covariance": covariance(first) + covariance(second),
-            }
+        terms = loss_terms(first, second)
         loss = sum((getattr(self.config, name) * term for name, term in terms.items()), first.new_zeros(()))
         if self.config.order:
             terms |= self.verify_order(batch)
@@ -57,7 +57,7 @@ class VICReg(Objective):
     def verify_order(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy with its floor, and the share of right answers; chance is log 2 and a half."""
         moments = torch.stack([self.feature(batch, view) for view in range(3)], dim=1)
-        places, labels = triples(batch.uniform("order", 2))
+        places, labels = (sent(part, moments.device) for part in triples(host_uniform(batch, "order", 2)))
         shown = moments.gather(1, places[..., None].expand_as(moments))
         logits = self.in_order(shown.flatten(1)).float()
         right = (logits.argmax(1) == labels).float().mean()
@@ -89,23 +89,52 @@ def triples(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Of two uniform numbers for each clip (B, 2), the order (B, 3) in which its moments are shown, and whether it is theirs
     (B,): half are as they were, of the others the first two or the last two are swapped, so that neither direction of
     time has them in order (section 3.1: a reversed triple counts as in order)."""
-    orders = torch.tensor([[1, 0, 2], [0, 2, 1], [0, 1, 2]], device=draws.device)
+    orders = torch.tensor([[1, 0, 2], [0, 2, 1], [0, 1, 2]])
     right = draws[:, 0] < 0.5
     return orders[torch.where(right, 2, (2 * draws[:, 1]).long())], right.long()
 
 
-def variance(z: Tensor) -> Tensor:
-    """Mean over dimensions of max(0, 1 - standard deviation) of embeddings (N, D) (equation 1, code's epsilon)."""
-    return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+def loss_terms(first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """Invariance, variance and covariance of two views' embeddings (N, D) in float32 (equations 1, 3 and 5)."""
+    with exact(first):
+        (variance, covariance), (other_variance, other_covariance) = spread(first), spread(second)
+        return {
+            "invariance": F.mse_loss(first, second),
+            "variance": (variance + other_variance) / 2,
+            "covariance": covariance + other_covariance,
+        }
 
 
-def covariance(z: Tensor) -> Tensor:
-    """Sum of squared off-diagonal covariances of embeddings (N, D), over D (equation 4).
+def spread(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Of embeddings (N, D) the variance term, mean over dimensions of max(0, 1 - standard deviation) (equation 1, code's
+    epsilon), and the covariance term, sum of squared off-diagonal covariances over D (equation 4)."""
+    return _Spread.apply(z)
 
-    With fewer images than dimensions the sum of all squares is taken of the N x N Gram matrix, which has the same one.
-    """
-    images, width = z.shape
-    z = z - z.mean(0)
-    squares = (z @ z.T if images < width else z.T @ z).square().sum()
-    diagonal = z.square().sum(0).square().sum()
-    return (squares - diagonal) / (images - 1) ** 2 / width
+
+class _Spread(torch.autograd.Function):
+    """Both terms of one centring. With fewer images than dimensions the sum of all squared covariances is taken of the
+    N x N Gram matrix, which has the same one. The gradient is written out: autograd's would multiply by both factors of
+    that product, which are the same, and pass over the embeddings for each term."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        images, width = z.shape
+        z = z - z.mean(0)
+        products = z @ z.T if images < width else z.T @ z
+        squares = torch.linalg.vector_norm(z, dim=0).square() if images < width else products.diagonal().clone()
+        deviation = (squares / (images - 1) + EPSILON).sqrt()
+        ctx.save_for_backward(z, products, squares, deviation)
+        variance = F.relu(1 - deviation).mean()
+        covariance = (products.square().sum() - squares.square().sum()) / (images - 1) ** 2 / width
+        return variance, covariance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        z, products, squares, deviation = ctx.saved_tensors
+        (images, width), (of_variance, of_covariance) = z.shape, gradients
+        by_product = of_covariance * (4 / (images - 1) ** 2 / width)
+        own = (deviation < 1) * of_variance / deviation / ((images - 1) * width) + by_product * squares
+        # Each image's row of it sums with the others to 0, as those of z do: the centring has nothing left to take away.
+        small = products * by_product
+        return (small @ z if images < width else z @ small).addcmul_(z, own, value=-1)

@@ -1,8 +1,8 @@
 """Blocks that keep less, against timm's own forward pass: the same bits, and as many bytes less as was worked out.
 
-Mutations that these tests caught when they were tried: no rounding of what is made again, the weight's or the bias's gradient
-of other rows, no gradient to the norm, the result kept after all, the rounded weight kept, hooks and other norms overlooked,
-the form of the backward pass where there is none, where dynamo traces, or with dropout in the MLP.
+Mutations that these tests caught when they were tried: no rounding of what is made again, the bias's gradient of other rows,
+no gradient to the norm, the result kept after all, timm's fast norm overlooked, the form of the backward pass where there is
+none, or where dynamo traces.
 """
 
 import copy

@@ -1,12 +1,16 @@
-"""timm's attention in another form where that is faster: the same weights, names and maths, other products and copies."""
+"""timm's blocks in another form where that is faster or keeps less: the same weights, names and maths, other products and
+copies."""
 
 from typing import Any
 
 import torch
 from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from selfsight.kept import linear_of_gelu, linear_of_norm, product_of_norm
 
 
 def attend(heads: int, *packed: Tensor) -> Tensor:
@@ -34,10 +38,10 @@ def by_products(x: Tensor) -> bool:
 
 
 def quicken(module: nn.Module) -> None:
-    """Let all of timm's plain attentions in there take the faster form, in place; their tensors and names stay."""
+    """Let all of timm's plain attentions and blocks in there take the form here, in place; tensors and names stay."""
     for part in module.modules():
-        if type(part) is Attention:
-            part.__class__ = QuickAttention
+        if type(part) in QUICK:
+            part.__class__ = QUICK[type(part)]
 
 
 class QuickAttention(Attention):
@@ -47,7 +51,16 @@ class QuickAttention(Attention):
         """Tokens (B, N, D): (B, N, D)."""
         if attn_mask is not None or is_causal or not self.fused_attn or not self.plain:
             return super().forward(x, attn_mask, is_causal)
-        return self.proj_drop(self.proj(attend(self.num_heads, self.qkv(x))))
+        return self._from(self.qkv(x))
+
+    def of_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """`self(norm(x))`, which keeps x and not its norm for the backward pass, where there is nothing else to it."""
+        if not self.fused_attn or not self.plain:
+            return self(norm(x))
+        return self._from(linear_of_norm(self.qkv, norm, x))
+
+    def _from(self, qkv: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(attend(self.num_heads, qkv)))
 
     @property
     def plain(self) -> bool:
@@ -55,6 +68,27 @@ class QuickAttention(Attention):
         between = self.q_norm, self.k_norm, self.norm
         own = self.gate is None and not self.attn_drop.p and all(type(part) is nn.Identity for part in between)
         return own and not self.k_norm._forward_hooks
+
+
+class QuickBlock(Block):
+    """timm's block, of whose norms and GELU only the inputs are kept."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens (B, N, D): (B, N, D)."""
+        if attn_mask is not None or is_causal or type(self.attn) is not QuickAttention:
+            return super().forward(x, attn_mask, is_causal)
+        x = x + self.drop_path1(self.ls1(self.attn.of_norm(self.norm1, x)))
+        return x + self.drop_path2(self.ls2(mlp_of_norm(self.mlp, self.norm2, x)))
+
+
+def mlp_of_norm(mlp: Any, norm: nn.Module, x: Tensor) -> Tensor:
+    """`mlp(norm(x))` for tokens (B, N, D); a plain one keeps x and what goes into its GELU for the backward pass."""
+    if type(mlp) is not Mlp or type(mlp.norm) is not nn.Identity or mlp.drop1.p:
+        return mlp(norm(x))
+    return mlp.drop2(linear_of_gelu(mlp.fc2, mlp.act, linear_of_norm(mlp.fc1, norm, x)))
+
+
+QUICK: dict[type[nn.Module], type[nn.Module]] = {Attention: QuickAttention, Block: QuickBlock}
 
 
 class LastBlock(Block):
@@ -66,10 +100,11 @@ class LastBlock(Block):
         attn: Any = self.attn
         width = x.shape[-1]
         normed = self.norm1(x)
-        q = F.linear(normed[:, -count:], attn.qkv.weight[:width], attn.qkv.bias[:width])
-        kv = F.linear(normed, attn.qkv.weight[width:], attn.qkv.bias[width:])
-        x = x[:, -count:] + attn.proj(attend(attn.num_heads, q, kv))
-        return x + self.mlp(self.norm2(x))
+        weight, bias, wanted = attn.qkv.weight, attn.qkv.bias, x[:, -count:]
+        q = product_of_norm(normed[:, -count:], weight[:width], bias[:width], self.norm1, wanted)
+        kv = product_of_norm(normed, weight[width:], bias[width:], self.norm1, x)
+        x = wanted + attn.proj(attend(attn.num_heads, q, kv))
+        return x + mlp_of_norm(self.mlp, self.norm2, x)
 
 
 class _Products(torch.autograd.Function):

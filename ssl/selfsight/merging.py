@@ -13,7 +13,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from selfsight.blocks import QuickAttention
+from selfsight.blocks import QuickAttention, QuickBlock
 from selfsight.encoder import LAST4, Encoder, Tokens, pool_layers, pool_tokens, take
 from selfsight.errors import UsageError
 
@@ -30,7 +30,7 @@ def check_merging(encoder: Encoder, merge: int, pools: Sequence[str] = ()) -> No
         return
     name = encoder.config.name
     if not encoder.plain or any(
-        type(b) is not Block or type(b.attn) not in (Attention, QuickAttention) for b in encoder.blocks
+        type(b) not in (Block, QuickBlock) or type(b.attn) not in (Attention, QuickAttention) for b in encoder.blocks
     ):
         why = "rotary positions or other blocks" if encoder.plain else "no plain sequence of tokens"
         raise UsageError(f"merge: {name} has {why}; tokens are merged in a vit_* with timm's plain blocks")

@@ -19,6 +19,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from selfsight.blocks import QuickBlock
 from selfsight.encoder import Encoder
 from selfsight.exports.format import Format, require_extra, shape_of
 from selfsight.exports.transformers_names import Tensors, refusal, tensors_for
@@ -43,7 +44,7 @@ def _misfits(encoder: Encoder) -> Iterator[str]:
         yield f"norms of different eps ({', '.join(map(str, sorted(eps, key=str)))})"
     if not isinstance(model.norm, nn.LayerNorm):
         yield "no norm after the last block, before the pool"
-    for kind in sorted({type(b).__name__ for b in model.blocks if type(b) not in (Block, EvaBlock)}):
+    for kind in sorted({type(b).__name__ for b in model.blocks if type(b) not in (Block, QuickBlock, EvaBlock)}):
         yield f"blocks of another kind ({kind})"
     mlps = [getattr(block, "mlp", None) for block in model.blocks]
     for kind in sorted({type(mlp).__name__ for mlp in mlps if type(mlp) is not Mlp}):

@@ -11,7 +11,8 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from selfsight.blocks import LastBlock, attend, quicken
+from selfsight.blocks import LastBlock, attend, mlp_of_norm, quicken
+from selfsight.kept import linear_of_norm, linear_of_shared
 from selfsight.objectives.configs import MAEConfig
 
 
@@ -36,9 +37,9 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """Queries (B, M, D) and memory (B, K, D): (B, M, D)."""
-        return self.proj(attend(self.heads, self.q(x), self.kv(memory)))
+    def forward(self, x: Tensor, memory: Tensor, norm: nn.Module) -> Tensor:
+        """Queries, `norm` of x (B, M, D), and memory (B, K, D): (B, M, D)."""
+        return self.proj(attend(self.heads, linear_of_norm(self.q, norm, x), linear_of_shared(self.kv, memory)))
 
 
 class CrossBlock(nn.Module):
@@ -53,5 +54,5 @@ class CrossBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """Queries (B, M, D) and memory (B, K, D): (B, M, D)."""
-        x = x + self.attn(self.norm1(x), memory)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(x, memory, self.norm1)
+        return x + mlp_of_norm(self.mlp, self.norm2, x)

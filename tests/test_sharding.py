@@ -68,6 +68,8 @@ def found(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Found
             more: dict[str, Any] = {"poison": 12} if name == "poisoned" else {}
             more |= {"late": True} if name == "poisoned" and parallel == "fsdp" else {}
             job(f"{name}, {parallel}", recipe, parallel, RUNS[recipe] | fields, **more)
+    short = RUNS["mae"] | {"train.compile": True, "train.steps": 3}
+    job("compiled, fsdp", "mae", "fsdp", short)
     job("to fsdp", "mae", "fsdp", RUNS["mae"], copy=str(folder / "mae, ddp"))
     norms = {"encoder.name": "resnet10t", "encoder.pool": "mean", "encoder.patch": None, "encoder.width": None}
     norms |= {"encoder.depth": None, "encoder.heads": None, "encoder.positions": "learned", "encoder.image_size": 32}
@@ -166,6 +168,15 @@ def test_blocks_compute_in_bfloat16_and_are_kept_in_float32(found: Found) -> Non
     assert found.noted["mae, fsdp"][0]["computed in"] == ["torch.float32"]
     assert_same_lines(found.folder / "bf16, ddp", found.folder / "bf16, fsdp", 1e-2, steps=4)
     assert {value.dtype for value in tensors(found.folder / "bf16, fsdp", 4).values()} == {torch.float32}
+
+
+def test_compiled_shards_learn_the_same(found: Found) -> None:
+    """Dynamo's graphs of blocks that are gathered before they run, here without a compiler behind them."""
+    assert all(noted["graphs"] >= 3 for noted in found.noted["compiled, fsdp"])
+    assert not any(noted["graphs"] for noted in found.noted["mae, fsdp"])
+    one, other = (learned(found.folder / name) for name in ("mae, fsdp", "compiled, fsdp"))
+    assert other[0]["loss"] == one[0]["loss"] and len(other) == 3
+    assert other[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
 
 
 def test_batch_norms_and_fixed_sums_are_refused(found: Found) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,8 +21,10 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from launch import free_port
+from torch._dynamo.utils import counters
 
 from selfsight.assemble import Parts, assemble, unsharded
+from selfsight.compiled import compile_blocks
 from selfsight.errors import UsageError
 from selfsight.processes import join
 from selfsight.recipe import load
@@ -61,9 +64,11 @@ def _learn(job: Job, rank: int) -> dict[str, Any]:
     accelerator = join(recipe)
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        parts = assemble(recipe, accelerator.device, (), 2)
+        with patch("selfsight.switches.compile_blocks", partial(compile_blocks, backend="eager")):  # needs no compiler
+            parts = assemble(recipe, accelerator.device, (), 2)
     except UsageError as error:
         return {"refused": str(error)}
+    counters.clear()
     seen: set[str] = set()
     parts.encoder.blocks[0].register_forward_pre_hook(
         lambda block, _: seen.update(str(p.dtype) for p in block.parameters())
@@ -80,6 +85,7 @@ def _learn(job: Job, rank: int) -> dict[str, Any]:
         "weights": bytes_of(trained),
         "moments": bytes_of(v for moment in moments for v in moment.values() if v.ndim),
         "left out": parts.past.left_out,
+        "graphs": counters["stats"]["unique_graphs"],
     }
     scored = parts.scored_whole(rank == 0)
     plain = unsharded(parts, accelerator.device)

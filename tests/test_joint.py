@@ -401,3 +401,20 @@ def test_a_part_of_any_name_is_built_or_refused(small_fields: dict[str, Any], na
         assert "objective.parts" in str(error)
     else:
         assert built.objective(make_batch(built.objective, channels=1, size=8)).terms.keys() >= {name}
+
+
+def test_a_joint_with_an_after_step_of_its_own_must_say_that_it_heeds_the_device() -> None:
+    class Own(Joint):
+        def after_step(self, step: int, steps: int) -> None:
+            """Something that nobody can take back."""
+
+    class Heeding(Own):
+        heeds_took = True
+
+    config = JointConfig(parts={"first": {"objective": {"name": "rotation"}}})  # type: ignore[dict-item]
+    encoder = EncoderConfig(image_size=8, channels=1, patch=4, width=16, depth=1, heads=2)
+    found = [
+        kind(build_encoder(encoder, preprocessing_of(DataConfig(train="x"), encoder), 0), config).heeds_took
+        for kind in (Joint, Own, Heeding)
+    ]
+    assert found == [True, False, True]

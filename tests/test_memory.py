@@ -53,7 +53,7 @@ def bf16() -> torch.autocast:
 
 
 def count(objective: Objective, images: int, recomputed: int, autocast: Any = no_autocast) -> int:
-    """What a step keeps, counted by another way than the product's: the storages that autograd's nodes hold."""
+    """What a step keeps, counted by another way than the product's: its views, and the storages that autograd's nodes hold."""
     objective.encoder.checkpoint_blocks = recomputed
     own = {tensor.untyped_storage().data_ptr() for tensor in (*objective.parameters(), *objective.buffers())}
     held: dict[int, Tensor] = {}
@@ -63,8 +63,10 @@ def count(objective: Objective, images: int, recomputed: int, autocast: Any = no
             held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    batch = make_batch(objective, images)
+    held |= {view.untyped_storage().data_ptr(): view for view in batch.views}  # the loop holds them
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
-        objective(make_batch(objective, images))
+        objective(batch)
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
@@ -92,6 +94,19 @@ def test_the_estimate_is_what_a_step_keeps(name: str, autocast: Any) -> None:
         estimate = kept.needed(images, 3, recomputed) - kept.fixed + fixed - images * kept.block
         estimate -= recomputed * casts
         assert estimate == pytest.approx(count(objective, images, recomputed, autocast), rel=0.04), (images, recomputed)
+
+
+def test_batches_that_wait_and_a_late_average_count() -> None:
+    """Stored pixels are bytes: a quarter of the views that they become, or half of them."""
+    objective = make(OBJECTIVES["dino"])
+    average = copy.deepcopy(objective.encoder).requires_grad_(False)
+    none, some = (measure(objective, average, 0, no_autocast, waiting) for waiting in (0, 6))
+    assert (some.block, some.fixed) == (none.block, none.fixed)
+    assert some.rest - none.rest == 6 * (2 * 32 * 32 + 3 * 16 * 16)
+    without = measure(objective, None, 0, no_autocast)
+    assert none.fixed - without.fixed == 2 * state_bytes(average)
+    objective.encoder.preprocessing = objective.encoder.preprocessing._replace(depth=16)
+    assert measure(objective, None, 0, no_autocast, 1).rest - without.rest == 2 * (2 * 32 * 32 + 3 * 16 * 16)
 
 
 def test_views_count_each() -> None:

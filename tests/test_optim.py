@@ -115,6 +115,13 @@ def test_an_average_follows_only_a_step_that_was_taken() -> None:
     assert not torch.equal(plain.weight, before["weight"])
 
 
+def test_an_average_that_stays_keeps_the_sign_of_zero() -> None:
+    live, average = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    nn.init.constant_(average.weight, -0.0)
+    move_average(average, live, 0.9, torch.tensor(0.0))
+    assert average.weight.signbit().all() and not average.weight.any()
+
+
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_a_rate_falls_along_blocks_or_not_at_all(name: str) -> None:
     config = EncoderConfig(name=name, image_size=64, pool="head", patch=None, width=None, depth=None, heads=None)

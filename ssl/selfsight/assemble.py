@@ -228,11 +228,14 @@ def own_statistics(mix: Sequence[MixPart], made: Preprocessing, device: torch.de
     return torch.stack(means), torch.stack(stds)
 
 
-def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...] = (), world: int = 1) -> Parts:
+def assemble(
+    recipe: Recipe, device: torch.device, allow_change: tuple[str, ...] = (), world: int = 1, trains: bool = True
+) -> Parts:
     """Build every part on the device, with the weights that the recipe's seed gives.
 
     Args:
         world: processes that train together, among which large models are shared out; 1: all is whole here.
+        trains: False for parts that are only scored: then their blocks are neither compiled nor measured.
 
     Raises:
         UsageError, DataError: whatever in the recipe cannot be built, before the first step.
@@ -284,7 +287,8 @@ def assemble(recipe: Recipe, device: torch.device, allow_change: tuple[str, ...]
         shard(objective, average, device, half)
     for module in (objective, *([average] if average else [])):
         module.to(device)
-    notes += switch(recipe, objective, average, device)
+    if trains:
+        notes += switch(recipe, objective, average, device)
     optimizer = build_optimizer(objective, encoder, recipe.optim)
     return Parts(recipe, shards, encoder, objective, optimizer, average, steps, notes, allow_change)
 
@@ -297,7 +301,7 @@ def unsharded(parts: Parts, device: torch.device) -> Parts:
     if not parts.sharded:
         return parts
     parts.optimizer.state.clear()
-    found = assemble(parts.recipe, device, parts.allow_change)
+    found = assemble(parts.recipe, device, parts.allow_change, trains=False)
     found.past, found.notes = parts.past, parts.notes
     copy_whole(parts.objective, found.objective)
     if parts.average:

@@ -18,6 +18,7 @@ from selfsight.objectives.across import Parts, sum_of_parts
 from selfsight.objectives.base import Loss, Objective
 
 Place = Callable[[HostBatch], Batch]
+BUILT_IN = "selfsight.objectives."  # modules of the objectives whose buffers are known
 
 
 class Averaged:
@@ -29,9 +30,7 @@ class Averaged:
 
     def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        # Running statistics are each rank's own until rank 0 sends them round. All other buffers are the same by
-        # construction (fixed tables, or a centre made of all ranks' outputs), and need not travel at every step.
-        apart = any(isinstance(module, _BatchNorm) for module in objective.modules())
+        apart = buffers_may_differ(objective)
         accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=apart)
         self.model: Any = accelerator.prepare_model(objective)
 
@@ -51,6 +50,17 @@ class Averaged:
         loss: Loss = self.model(batch)
         self.accelerator.backward(loss.total / micros)
         return loss._replace(total=loss.total.detach())  # or its graph would lie beside that of the next one
+
+
+def buffers_may_differ(objective: Objective) -> bool:
+    """Whether rank 0 sends its buffers round before every step.
+
+    Running statistics are each rank's own until it does. All other buffers of this package's objectives are the same by
+    construction (fixed tables, or a centre made of all ranks' outputs). Of a plugin's nothing is known.
+    """
+    modules = [*objective.modules()]
+    foreign = any(isinstance(own, Objective) and not type(own).__module__.startswith(BUILT_IN) for own in modules)
+    return foreign or any(isinstance(module, _BatchNorm) for module in modules)
 
 
 class Sharded:

@@ -1,5 +1,6 @@
 """Collapse: features that no longer tell one image from another. It can look like a loss that falls nicely."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -48,13 +49,12 @@ class CollapseWatch:
             NumericError: collapse, on every rank at the same step, if the watch is told to stop.
         """
         line: dict[str, float] = {}
-        for name, vectors in loss.watched.items():
-            found = {key: accelerator.reduce(value, "mean").item() for key, value in spread(vectors).items()}
+        for name, found in of_all_ranks(loss.watched, accelerator).items():
             line |= {f"watch/{name}/{key}": round(value, 5) for key, value in found.items()}
             if step % EVERY:  # a line is logged here; the count must not depend on how often
                 continue
             limits = LIMITS.get(name.rpartition("/")[2], Limits())
-            few = len(vectors) >= 4 * limits.rank and found["rank"] < limits.rank
+            few = len(loss.watched[name]) >= 4 * limits.rank and found["rank"] < limits.rank
             flat = self.past.flat.get(name, 0) + 1 if few or found["std"] < limits.std else 0
             self.past.flat[name] = flat
             if flat >= PATIENCE and name not in self.past.told:
@@ -75,6 +75,22 @@ class CollapseWatch:
                 if accelerator.is_main_process:
                     console.say(f"warning: {message}")
         return line
+
+
+@torch.no_grad()
+def of_all_ranks(watched: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, dict[str, float]]:
+    """`spread` of each of the vectors, mean over ranks: one copy from the device, and one reduction, for all of them.
+
+    Singular values are found on the host: a GPU takes longer for so small a matrix, and asks the host again and again.
+    """
+    if not watched:
+        return {}
+    looked_at = [vectors[:ROWS].detach().float() for vectors in watched.values()]
+    rows = torch.cat([vectors.flatten() for vectors in looked_at]).cpu().split([v.numel() for v in looked_at])
+    found = [spread(own.view(vectors.shape)) for own, vectors in zip(rows, looked_at, strict=True)]
+    table = torch.stack([torch.stack([*one.values()]) for one in found]).to(looked_at[0].device)
+    values = accelerator.reduce(table, "mean").tolist()
+    return {name: dict(zip(found[0], row, strict=True)) for name, row in zip(watched, values, strict=True)}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfsight.blocks import LastBlock
 from selfsight.precision import FP8_MULTIPLE
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -64,9 +65,12 @@ def to_float8(blocks: Iterable[nn.Module]) -> int:
     """Replace the linear layers of blocks that are trained, large enough and of fitting sides; the answer is how many."""
     count = 0
     for block in blocks:
+        apart = (
+            block.attn.qkv if isinstance(block, LastBlock) else None
+        )  # multiplies by parts of its weight, not through it
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear and fits(child):
+                if type(child) is nn.Linear and child is not apart and fits(child):
                     setattr(parent, name, _as_float8(child))
                     count += 1
     return count

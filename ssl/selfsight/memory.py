@@ -27,7 +27,7 @@ class Kept(NamedTuple):
     block: float
     """That an image keeps in each of the encoder's blocks, over all its views, and would not if that block were recomputed."""
     rest: float
-    """That an image keeps beside, with every block recomputed."""
+    """That an image keeps beside, with every block recomputed: its views, normalised and as stored, among it."""
     fixed: float
     """That do not depend on the images: weights, gradients, moments, averages, and weights in autocast's type."""
 
@@ -43,11 +43,20 @@ def blocks_to_recompute(free: float, kept: Kept, images: int, depth: int) -> int
     return next(fitting, depth)
 
 
-def measure(objective: Objective, average: nn.Module | None, seed: int, autocast: Callable[[], torch.autocast]) -> Kept:
+def measure(
+    objective: Objective,
+    average: nn.Module | None,
+    seed: int,
+    autocast: Callable[[], torch.autocast],
+    waiting: int = 0,
+) -> Kept:
     """What a training step of the objective keeps, from forward passes on noise. Its state is left as it was.
 
     On several ranks all must call it, for an objective may look at the others' images. Where channels are drawn, all of
     them are shown: that is the most a step may need.
+
+    Args:
+        waiting: batches, as workers make them, that are on the device beside the one that is computed.
     """
     encoder, depth, training = objective.encoder, recomputable(objective.encoder), objective.training
     before, buffers = encoder.checkpoint_blocks, [buffer.clone() for buffer in objective.buffers()]
@@ -56,12 +65,13 @@ def measure(objective: Objective, average: nn.Module | None, seed: int, autocast
     def kept(images: int, recomputed: int) -> int:
         encoder.checkpoint_blocks = recomputed
         batch = _noise(objective, images, seed)
+        views = sum(view.nbytes for view in batch.views)  # are there all the time, whether autograd keeps them or not
 
         def forward() -> object:
             with autocast():
                 return objective(batch)
 
-        return saved_bytes(forward, own)
+        return views + saved_bytes(forward, own | _storages(batch.views))
 
     try:
         objective.train()
@@ -74,7 +84,10 @@ def measure(objective: Objective, average: nn.Module | None, seed: int, autocast
         for buffer, value in zip(objective.buffers(), buffers, strict=True):
             buffer.data.copy_(value)
     block = (more - none - least) / FEW / depth if depth else 0.0
-    return Kept(block, least / FEW, max(0, 2 * none - more) + state_bytes(objective, average))
+    stored = sum(view.numel() for view in _noise(objective, 1, seed).views) * encoder.preprocessing.depth / 8
+    moved = state_bytes(average) if average else 0  # a late step makes another one, before it knows whether it may
+    fixed = max(0, 2 * none - more) + state_bytes(objective, average) + moved
+    return Kept(block, least / FEW + waiting * stored, fixed)
 
 
 def saved_bytes(forward: Callable[[], object], own: Iterable[int] = ()) -> int:

@@ -91,8 +91,6 @@ def move_average(average: nn.Module, live: nn.Module, decay: float, took: Tensor
     if took is None:
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         return
-    # One of the two is multiplied by 1 and the other by 0, so the bits are those of the one: there is no foreach `where`.
-    moved = torch._foreach_lerp(ours, theirs, 1 - decay)
-    torch._foreach_mul_(moved, took)
-    torch._foreach_mul_(ours, 1 - took)
-    torch._foreach_add_(ours, moved)
+    # Chosen, so that the bits are those of the one or of the other: a weight of 0 would make 0.0 of -0.0.
+    for own, moved in zip(ours, torch._foreach_lerp(ours, theirs, 1 - decay), strict=True):
+        torch.where(took > 0, moved, own, out=own)

@@ -53,6 +53,14 @@ class Saver:
         fatal = self.failures >= FAILURES or isinstance(self.error, NumericError)
         return self.error if fatal else None
 
+    def leaves_out(self, step: int, wait: bool) -> bool:
+        """Whether a save of this step now would be left out, which is said. Once it would not, it will not be."""
+        must = wait or bool(self.keep_every and step % self.keep_every == 0)
+        busy = self.thread is not None and self.thread.is_alive() and not must
+        if busy:
+            console.say(f"the checkpoint of step {step:,} is left out: the one before is still being written")
+        return busy
+
     def save(
         self, step: int, state: dict[str, Any], tensors: dict[str, Tensors], wait: bool, owned: bool = False
     ) -> None:
@@ -65,9 +73,7 @@ class Saver:
         Raises:
             StorageError, NumericError: it could not be written, if `wait`.
         """
-        must = wait or bool(self.keep_every and step % self.keep_every == 0)
-        if self.thread and self.thread.is_alive() and not must:
-            console.say(f"the checkpoint of step {step:,} is left out: the one before is still being written")
+        if self.leaves_out(step, wait):
             return
         self.finish()
         if step == self.newest:
@@ -105,7 +111,11 @@ class Saver:
 
 
 def on_the_cpu(tensors: Tensors) -> Tensors:
-    """Copies that nothing changes any more; those of a GPU are all under way before one of them is waited for."""
+    """Copies that nothing changes any more.
+
+    Their memory is pageable: pinned memory would be kept by torch's cache for the rest of the run, rounded up to powers of
+    two, and its allocation may fail. The driver stages such copies itself.
+    """
     copied = {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -113,7 +123,5 @@ def on_the_cpu(tensors: Tensors) -> Tensors:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.to("cpu", copy=True)
-    # Only a copy to pinned memory does not wait.
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    # Not `tensor.to("cpu", non_blocking=True)`, whose target would be pinned.
+    return torch.empty_like(tensor, device="cpu").copy_(tensor, non_blocking=tensor.is_cuda)

@@ -128,7 +128,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            found[name] = full.to("cpu", copy=full is tensor or not isinstance(tensor, DTensor))
+            found[name] = full.to("cpu", copy=not isinstance(tensor, DTensor))
     return found
 
 

@@ -45,9 +45,9 @@ def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device
     elif train.checkpoint_blocks == "auto":
         if device.type == "cuda" and depth:
             bf16 = ARITHMETIC[precision][0] == "bf16"
-            kept = measure(
-                objective, average, recipe.seed, partial(torch.autocast, "cuda", torch.bfloat16, enabled=bf16)
-            )
+            autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=bf16)
+            # The feeder has up to two steps' micro-batches at hand, and those of the step itself stay until its end.
+            kept = measure(objective, average, recipe.seed, autocast, waiting=3 * train.accumulate)
             objective.encoder.checkpoint_blocks, told = fit(kept, free_bytes(device), images, depth, device)
             notes += told
     else:

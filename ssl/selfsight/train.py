@@ -125,6 +125,8 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     def save(step: int, wait: bool) -> None:
         peers.now(step, "saving")
         with meter.pause():
+            if parts.sharded and any(agree(accelerator, [saver.leaves_out(step, wait)])):  # before all gather for it
+                return
             tensors = parts.tensors(main) if main or parts.sharded else {}  # of shards all ranks have a part
             if main:
                 saver.save(step, parts.state(), tensors, wait, owned=parts.sharded)
@@ -183,7 +185,8 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
             meter.step()
             bar()
             means = mean_loss(losses, accelerator) if logging or looking else {}
-            watched = collapse(done, losses[-1], accelerator) if logging or looking else {}
+            spreads = logging or done == 1 or due(done, EVERY, steps)  # the loss of the first steps is looked at alone
+            watched = collapse(done, losses[-1], accelerator) if spreads else {}
             if looking:
                 divergence(done, means["loss"], quiet=not main)
             if logging:

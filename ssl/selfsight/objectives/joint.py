@@ -45,8 +45,9 @@ class Joint(Objective):
         self.outside = " ".join(part.outside for part in self.objectives if part.outside)
         self.uses_pixels = any(part.uses_pixels for part in self.objectives)
         self.uses_head = any(part.uses_head for part in self.objectives)
-        idle = Objective.after_step
-        self.heeds_took = all(part.heeds_took or type(part).after_step is idle for part in self.objectives)
+        if type(self).after_step is Joint.after_step:  # of a subclass's own, its class says it
+            idle = Objective.after_step
+            self.heeds_took = all(part.heeds_took or type(part).after_step is idle for part in self.objectives)
         if len({id(part.scored) for part in self.objectives} - {id(encoder)}) > 1:
             raise UsageError("objective.parts: two of them train a teacher; only one can be scored and exported")
 

@@ -20,8 +20,7 @@ STEPS = 6  # for which a timed stretch should have room
 LEAST = 3  # steps, for which a switch must have time
 FEWEST = {"cpu": 2, "cuda": 256}  # images to which a step that is too slow is cut
 ENOUGH = {"cpu": 16, "cuda": 256}  # for which such a step may take three times as long as others
-KEPT = 2  # switches that are tried even if they take a little longer than there is
-LATE = 0.5  # of the seconds: how much longer
+LATE = (1.0, 0.5)  # of the seconds: how late the first switches may be, so that a slow machine hears of some
 # Shares of the seconds; what is left is for the switches.
 PEAK, LOADER, BASE, ALONE, SCORING = 0.02, 0.06, 0.2, 0.08, 0.06
 
@@ -101,7 +100,7 @@ def try_all(
 ) -> tuple[list[Trial], Timed]:
     """Every switch worth trying while there is time, what helps together, and the recipe as it is once more: how far the
     machine has drifted meanwhile is noise, too."""
-    todo, trials, late = candidates(recipe, now), list[Trial](), LATE * budget.seconds
+    todo, trials, late = candidates(recipe, now), list[Trial](), [share * budget.seconds for share in LATE]
 
     def no_time(late: float = 0.0) -> bool:
         return agree(built.accelerator, [budget.left + late < LEAST * base.step_seconds])[0]
@@ -115,7 +114,7 @@ def try_all(
         return trial
 
     for number, change in enumerate(todo):
-        if no_time(late if number < KEPT else 0.0):
+        if no_time(late[number] if number < len(late) else 0.0):
             learns = changes_what_is_learned(built.parts, recipe, changed(recipe, change))
             trials.append(Trial(change, learns, None, "no time; --seconds gives more"))
         else:

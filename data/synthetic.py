@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +36,20 @@ def synthetic(data: DataConfig, encoder: EncoderConfig) -> Path:
     shard = folder / "synthetic-000000.tar"
     if shard.exists():
         return shard
+    draft = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix="synthetic-", dir=folder.parent))
+        _write(draft, side, encoder.channels)
+        with suppress(OSError):  # another process may have been first: its copy is as good
+            os.rename(draft, folder)
+        if not shard.exists():
+            raise StorageError(f"{folder}: is in the way of random images; remove it, or set SELFSIGHT_CACHE")
     except OSError as error:
         raise StorageError(f"{folder.parent}: cannot be written ({error.strerror}); set SELFSIGHT_CACHE") from None
-    _write(draft, side, encoder.channels)
-    try:
-        os.rename(draft, folder)  # another process may have been first: its copy is as good
-    except OSError:
-        shutil.rmtree(draft)
+    finally:
+        if draft:
+            shutil.rmtree(draft, ignore_errors=True)
     return shard
 
 

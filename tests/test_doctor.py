@@ -17,8 +17,8 @@ from selfsight.cli import main
 from selfsight.data import jpeg
 from selfsight.data.build import write_shards
 from selfsight.data.packing import Encoding, Sample
-from selfsight.doctor import Finding, examine, timed_steps
-from selfsight.processes import join
+from selfsight.doctor import Finding, examine
+from selfsight.memory import Kept
 from selfsight.recipe import validate
 
 Images = list[tuple[Image.Image, int]]
@@ -134,18 +134,24 @@ def test_memory_and_disk_are_compared_with_what_is_there(
     assert seen["disk"].level == "problem"
 
 
-def test_what_the_backward_pass_keeps_is_counted(tmp_path: Path) -> None:
-    """In proportion to the images, and without the parameters, which autograd keeps, too."""
-    write_shards(iter(noisy(70)), tmp_path, "s", per_shard=1000)
-    saved = []
-    for batch in (4, 64):
-        recipe = validate(recipe_tree(tmp_path / "s-000000.tar", train={"batch_size": batch}), "test")
-        accelerator = join(recipe)
-        parts = assemble(recipe, accelerator.device)
-        saved.append(timed_steps(parts, parts.batches(), accelerator)[1])
-    # A small part of the activations of four images; nothing counted would be in proportion, too.
-    assert saved[0] > 4 * 5 * 16 * 4
-    assert saved[1] == pytest.approx(16 * saved[0], rel=0.1)
+def test_memory_is_what_a_run_reckons_with(
+    found: Callable[..., dict[str, Finding]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate of `selfsight.memory`, for the images of a micro-batch and the blocks that the recipe recomputes."""
+    asked: list[Any] = []
+
+    class Told(Kept):
+        def needed(self, images: int, depth: int, recomputed: int) -> float:
+            asked.append((images, depth, recomputed))
+            return 3 * 2**30 if recomputed < depth else 2**30
+
+    monkeypatch.setattr(subject, "measure", lambda *_: Told(1.0, 1.0, 1.0))
+    monkeypatch.setattr(subject, "free_memory", lambda device: 2 * 2**30)
+    seen = found(noisy(40), train={"accumulate": 2})
+    assert asked[0] == (4, 1, 0)
+    assert seen["memory"].level == "warning"
+    assert "about 3.0 GiB a rank with 4 images at once, 2.0 GiB free" in seen["memory"].told
+    assert seen["memory"].told.endswith("raise train.accumulate, or set train.checkpoint_blocks")
 
 
 def test_the_command_prints_a_table_or_json_and_ends_with_the_runs_code(

@@ -355,10 +355,12 @@ def test_the_losses_of_a_step_keep_no_graph(small_fields: Fields) -> None:
 def test_buckets_hold_the_gradients_and_buffers_travel_only_where_they_differ(small_fields: Fields) -> None:
     parts, accelerator = assemble(load("digits/mae", small_fields), torch.device("cpu")), Accelerator(cpu=True)
     Averaged(parts.objective, accelerator)
-    assert accelerator.ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    assert accelerator.ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True}
+    buffers = {name for name, _ in parts.objective.named_buffers()}
+    assert buffers and {*parts.objective._ddp_params_and_buffers_to_ignore} == buffers
     parts.objective.add_module("norm", torch.nn.BatchNorm1d(2))
     Averaged(parts.objective, accelerator)
-    assert accelerator.ddp_handler.to_kwargs() == {"gradient_as_bucket_view": True}
+    assert not parts.objective._ddp_params_and_buffers_to_ignore
 
 
 def test_buffers_of_a_plugin_travel(small_fields: Fields) -> None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from selfsight.data.loader import HostBatch
 from selfsight.data.placer import Batch
@@ -30,8 +31,10 @@ class Averaged:
 
     def __init__(self, objective: Objective, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        apart = buffers_may_differ(objective)
-        accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=apart)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        # Not by DDP's argument for it: torch has renamed that one, and warns of the old name, which Accelerate passes.
+        unsent = [] if buffers_may_differ(objective) else [name for name, _ in objective.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unsent)
         self.model: Any = accelerator.prepare_model(objective)
 
     def __call__(self, hosts: list[HostBatch], place: Place) -> list[Loss]:

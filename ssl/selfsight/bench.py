@@ -5,76 +5,33 @@ checkpoint is needed. What docs/speed.md says of each field stands here in code.
 """
 
 import json
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
-from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged
 from selfsight.bench_cadence import cadence
-from selfsight.bench_step import Built, Probe, Timed, build, changed, loader_rate, probe, time_steps, with_communication
+from selfsight.bench_look import few_images, first_look, loader_rate
+from selfsight.bench_search import ALONE, BASE, LOADER, PEAK, SCORING, Budget, fitting, measured_as, try_all
+from selfsight.bench_step import Built, build, changed, time_steps
+from selfsight.bench_switches import situation
 from selfsight.bench_table import as_object, show
-from selfsight.bench_trials import (
-    Situation,
-    Trial,
-    candidates,
-    changes_what_is_learned,
-    free,
-    helpful,
-    largest_micro_batch,
-    run,
-)
-from selfsight.console import Bar, progress
-from selfsight.data import jpeg
-from selfsight.data.decode import BadSample
-from selfsight.data.loader import HostBatch
+from selfsight.bench_timed import Timed, with_communication
+from selfsight.bench_trials import Trial, helpful, largest_micro_batch
+from selfsight.console import progress
 from selfsight.data.synthetic import synthetic
 from selfsight.doctor import faster_data
-from selfsight.errors import PeerLost, UsageError
+from selfsight.errors import PeerLost
 from selfsight.exports.card import hardware_of
 from selfsight.footprint import total_memory
 from selfsight.peers import Peers
 from selfsight.precision import resolve
-from selfsight.processes import agree, join, loader_workers, of_all_ranks
+from selfsight.processes import join
 from selfsight.recipe import Recipe
 from selfsight.speed import matmul_peak
 
-DATA_BOUND = 0.1  # share of a step that waits for data, above which they are what to mend
-STEPS = 6  # for which a timed stretch should have room
-LEAST = 4  # steps, for which a switch must have time
-FEWEST = {"cpu": 2, "cuda": 256}  # images to which a step that is too slow is cut
-LOOKS = {"cpu": 8, "cuda": 64}  # images of the first look at a model
-# Shares of the seconds; what is left is for the switches.
-PEAK, LOADER, BASE, ALONE, SCORING = 0.02, 0.06, 0.2, 0.08, 0.06
-
-
-@dataclass
-class Budget:
-    """The seconds that a bench may take; a stretch that has no time left is left out. Compiling is not counted.
-
-    Args:
-        clock: seconds.
-    """
-
-    seconds: float
-    clock: Callable[[], float] = time.perf_counter
-
-    def __post_init__(self) -> None:
-        self.begun = self.clock()
-
-    def excuse(self, spent: float) -> None:
-        """Leave so many seconds out of the count."""
-        self.seconds += max(0.0, spent)
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.seconds - (self.clock() - self.begun)
+UNSTEADY = 0.1  # half the range of the rates, above which only large gains can be seen
 
 
 class Wish(NamedTuple):
@@ -159,11 +116,6 @@ class Found(NamedTuple):
         """The share of the peak that the model's own operations make up."""
         return self.base.images_per_second / self.ranks * self.flops_per_image / self.peak
 
-    @property
-    def data_bound(self) -> bool:
-        """Whether data are what to mend."""
-        return self.base.share["data"] > DATA_BOUND
-
 
 def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[str]) -> Found:
     """Everything that is told.
@@ -179,7 +131,7 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         bar(5, "the model")
         look = first_look(recipe, accelerator)
         built = build(recipe, accelerator, threads)
-        host = few_images(built)
+        host = few_images(built, look.images)
         bar(5, "the loader")
         loader = loader_rate(built, recipe, LOADER * seconds)
         own = measured_as(built, recipe, look.seconds_per_image, loader, seconds)
@@ -188,164 +140,50 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         if built.world > 1 and isinstance(built.backward, Averaged):
             base = with_communication(base, time_steps(built, own, ALONE * seconds, alone=True))
         bar(20, "evaluation and saving")
-        every = cadence(
-            built, recipe, host, base.images_per_second / built.world, 0.0 if wish.synthetic else SCORING * seconds
-        )
+        rate, scoring = base.images_per_second / built.world, 0.0 if wish.synthetic else SCORING * seconds
+        every = cadence(built, recipe, host, rate, scoring)
         bar(5, "switches")
         now = situation(built, recipe, own, base, wish.compiles)
-        if now.data_bound and not wish.synthetic:
-            notes.append(f"training waits for data: {faster_data(built.parts, built.parts.batches())}")
-        steps, epochs = built.parts.steps, built.parts.epoch(built.parts.steps)
         if now.gpu and built.world == 1:
             first = own.train.batch_size // own.train.accumulate
             fits = largest_micro_batch(built, host, first, lambda: budget.left > seconds / 2)
-            notes += (
-                [f"the largest micro-batch that fits, by doubling: {fits[0]:,} images, {fits[1] / 2**30:,.1f} GiB"]
-                if fits
-                else []
-            )
+            if fits:
+                notes.append(
+                    f"the largest micro-batch that fits, by doubling: {fits[0]:,} images, {fits[1] / 2**30:,.1f} GiB"
+                )
         trials, base = try_all(built, own, base, now, budget, bar)
-    batch, images = recipe.train.batch_size, own.train.batch_size
-    if images != batch:
-        notes.append(
-            f"a step of {batch:,} images takes too long here: steps of {images:,} were timed, and the recipe's worked out from "
-            "them, but for memory; batches were not tried"
-        )
-        base = base.scaled(batch)
-        trials = [one._replace(timed=one.timed.scaled(batch)) if one.timed else one for one in trials]
+    notes += advice(built, base, wish)
+    base, trials = of_whole_steps(recipe.train.batch_size, base, trials)
     unknown = wish.synthetic and recipe.train.steps is None
+    steps, epochs = built.parts.steps, built.parts.epoch(built.parts.steps)
     return Found(
         recipe, wish.told, hardware_of(device), accelerator.num_processes, recipe.train.threads or threads, now.workers, precision,
-        images, base, every, loader * accelerator.num_processes, look.flops_per_image, peak,
+        own.train.batch_size, base, every, loader * accelerator.num_processes, look.flops_per_image, peak,
         total_memory(device), None if unknown else steps, None if wish.synthetic else epochs, trials, helpful(trials, base), notes,
     )  # fmt: skip
 
 
-def first_look(recipe: Recipe, accelerator: Accelerator) -> Probe:
-    """Two passes of a model of its own, before DDP knows one."""
-    parts = assemble(recipe, accelerator.device, world=accelerator.num_processes)
-    batches = parts.batches(accelerator.process_index, accelerator.num_processes)
-    images = min(LOOKS[accelerator.device.type], recipe.train.batch_size // recipe.train.accumulate // batches.world)
-    while True:
-        try:
-            return probe(parts, accelerator, replace(batches, batch_size=images * batches.world, accumulate=1)[0])
-        except torch.OutOfMemoryError:
-            if images < 4 or batches.world > 1:
-                raise UsageError("train.device: the model does not fit in the GPU's memory with two images") from None
-            images //= 2
-            parts.optimizer.zero_grad()
-        free()
+def advice(built: Built, base: Timed, wish: Wish) -> list[str]:
+    """What to know of the figures before one acts on them."""
+    told = []
+    if base.data_bound and not wish.synthetic:
+        told.append(f"training waits for data: {faster_data(built.parts, built.parts.batches())}")
+    images, batch = base.images, built.parts.recipe.train.batch_size
+    if images != batch:
+        told.append(
+            f"an extrapolation: a step of {batch:,} images takes too long here, so steps of {images:,} were timed, and the "
+            "recipe's worked out from them, but for memory; batches were not tried; --seconds gives larger steps"
+        )
+    if base.noise > UNSTEADY:
+        told.append(
+            f"the speed varies by {100 * base.noise:.0f}% either way, so smaller gains cannot be told from noise: "
+            "time it again on a quiet machine, or with more --seconds"
+        )
+    return told
 
 
-def few_images(built: Built) -> HostBatch:
-    """A small batch of the recipe's data."""
-    batches, train = built.parts.batches(built.accelerator.process_index, built.world), built.parts.recipe.train
-    images = min(LOOKS[built.device.type], train.batch_size // train.accumulate // built.world)
-    return replace(batches, batch_size=images * built.world, accumulate=1)[0]
-
-
-def measured_as(built: Built, recipe: Recipe, compute: float, loader: float, seconds: float) -> Recipe:
-    """The recipe, with a smaller batch if some steps of its own would take too long; the same on every rank.
-
-    Args:
-        compute: seconds an image, of this rank.
-        loader: images per second.
-    """
-    train, images = recipe.train, recipe.train.batch_size // built.world
-    each = max(compute, 1 / loader) if loader_workers(recipe) else compute + 1 / loader
-    room = min(of_all_ranks(built.accelerator, int(BASE * seconds / STEPS / each)))
-    if images <= room:
-        return recipe
-    images //= train.accumulate
-    least = max(FEWEST[built.device.type], train.deterministic)
-    while images > max(room, least) and images % 2 == 0 and images // 2 >= least:
-        images //= 2
-    try:
-        return changed(recipe, {"train.batch_size": images * built.world, "train.accumulate": 1})
-    except UsageError:  # parts of a deterministic step
-        return recipe
-
-
-def fitting(built: Built, recipe: Recipe, seconds: float, budget: Budget, notes: list[str]) -> tuple[Recipe, Timed]:
-    """Steps of the recipe, with more micro-batches if its own do not fit on the GPU."""
-    begun = budget.clock()
-    while True:
-        try:
-            timed = time_steps(built, recipe, seconds)
-            break
-        except torch.OutOfMemoryError:
-            images = recipe.train.batch_size // recipe.train.accumulate // built.world
-            if built.world > 1 or images % 2:  # the other ranks would wait for this one
-                raise UsageError(
-                    f"train.batch_size: {images:,} images at once do not fit in the GPU's memory; raise train.accumulate, "
-                    "or set train.checkpoint_blocks"
-                ) from None
-            micros = 2 * recipe.train.accumulate
-            recipe = changed(recipe, {"train.accumulate": micros})
-            notes.append(
-                f"warning: {images:,} images at once do not fit in memory; timed with train.accumulate {micros}"
-            )
-            free()
-    if recipe.train.compile:
-        budget.excuse(budget.clock() - begun - seconds)
-    return recipe, timed
-
-
-def situation(built: Built, recipe: Recipe, own: Recipe, base: Timed, compiles: bool) -> Situation:
-    """What decides which switches are tried; the same on every rank."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ours = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    gpu = built.device.type == "cuda"
-    bound, jpegs = agree(built.accelerator, [base.share["data"] > DATA_BOUND, has_jpegs(built.parts)])
-    return Situation(
-        gpu=gpu,
-        cores=min(of_all_ranks(built.accelerator, ours)),
-        threads=recipe.train.threads or built.threads,
-        workers=loader_workers(recipe),
-        precision=resolve(recipe.train.precision, built.device),
-        data_bound=bound,
-        whole=own.train.batch_size == recipe.train.batch_size,
-        jpegs=jpegs,
-        compiles=gpu or compiles,
-    )
-
-
-def has_jpegs(parts: Parts) -> bool:
-    """Whether the first sample is one."""
-    try:
-        return parts.shards.read_images(0)[0].startswith(jpeg.START)
-    except BadSample:
-        return False
-
-
-def try_all(
-    built: Built, recipe: Recipe, base: Timed, now: Situation, budget: Budget, bar: Bar
-) -> tuple[list[Trial], Timed]:
-    """Every switch worth trying while there is time, what helps together, and the recipe as it is once more: how far the
-    machine has drifted meanwhile is noise, too."""
-    todo, trials = candidates(recipe, now), list[Trial]()
-
-    def no_time() -> bool:
-        return agree(built.accelerator, [budget.left < LEAST * base.step_seconds])[0]
-
-    def tried(change: dict[str, Any], others: int) -> Trial:
-        bar(0, ", ".join(f"{name} {value}" for name, value in change.items()))
-        begun, seconds = budget.clock(), max(budget.left / (others + 2), LEAST * base.step_seconds)
-        trial = run(built, recipe, change, seconds)
-        if recipe.train.compile or "train.compile" in change:
-            budget.excuse(budget.clock() - begun - seconds)
-        return trial
-
-    for number, change in enumerate(todo):
-        if no_time():
-            learns = changes_what_is_learned(built.parts, recipe, changed(recipe, change))
-            trials.append(Trial(change, learns, None, "no time; --seconds gives more"))
-        else:
-            trials.append(tried(change, len(todo) - number))
-        bar(50 // len(todo))
-    best = helpful(trials, base)
-    if agree(built.accelerator, [len(best) > 1])[0] and not no_time():
-        trials.append(tried(best, 0))
-    if trials and not no_time():
-        base = base._replace(rates=base.rates + time_steps(built, recipe, max(budget.left, 0.0)).rates)
-    return trials, base
+def of_whole_steps(batch: int, base: Timed, trials: list[Trial]) -> tuple[Timed, list[Trial]]:
+    """What was timed, for steps of the recipe's batch."""
+    if base.images == batch:
+        return base, trials
+    return base.scaled(batch), [one._replace(timed=one.timed.scaled(batch)) if one.timed else one for one in trials]

@@ -1,13 +1,13 @@
 """The steps of a run, timed: its own loader, device, objective, gradients and update, and none of its files."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,22 +15,19 @@ from torch import nn
 
 from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged, Canonical, Sharded
+from selfsight.bench_timed import PHASES, Timed
 from selfsight.data.feed import AHEAD, affordable_workers, feed
 from selfsight.data.loader import HostBatch
 from selfsight.data.placer import Batch, sent
-from selfsight.encoder import Encoder
 from selfsight.finite import BadSteps, Step, gradient_norm
 from selfsight.footprint import forget_peak, peak_memory
 from selfsight.objectives.base import Loss
 from selfsight.processes import loader_workers
 from selfsight.recipe import Recipe, merge, validate
-from selfsight.speed import count_flops, synchronize
 from selfsight.timeline import Timeline
 from selfsight.train import update
 from selfsight.verdict import Verdicts, may_be_late
 
-PHASES = ("data", "transfer", "forward", "backward", "optimizer", "communication")
-LOOK = 64  # images of a batch by which the loader alone is timed
 WARM, FEWEST = 2, 2  # steps that are not counted, and those that must be
 SLOW = 6  # in a stretch that has no room for so many steps, one of them has to be enough to warm up
 CHUNKS = 5  # of the counted steps, whose rates tell the noise
@@ -57,51 +54,6 @@ class Built:
     def world(self) -> int:
         """Ranks."""
         return self.accelerator.num_processes
-
-
-class Timed(NamedTuple):
-    """What some steps of a recipe took."""
-
-    phases: Mapping[str, float]
-    """Seconds in a step of each of PHASES; together the step."""
-    images: int
-    """In a step, over all ranks."""
-    rates: tuple[float, ...]
-    """Images per second of each part of the time."""
-    memory: int | None
-    """Peak, bytes; None where it cannot be told."""
-    steps: int
-    """That were counted."""
-
-    @property
-    def images_per_second(self) -> float:
-        """The median."""
-        return median(self.rates)
-
-    @property
-    def step_seconds(self) -> float:
-        """Of a whole step."""
-        return self.images / self.images_per_second
-
-    @property
-    def noise(self) -> float:
-        """Half the range of the rates, as a share of the median."""
-        return (max(self.rates) - min(self.rates)) / 2 / self.images_per_second
-
-    @property
-    def share(self) -> dict[str, float]:
-        """Of the step, by phase; together 1."""
-        whole = sum(self.phases.values())
-        return {name: seconds / whole for name, seconds in self.phases.items()}
-
-    def scaled(self, images: int) -> "Timed":
-        """A step of so many images, known by one of fewer: all but what a step does once takes as many times longer."""
-        factor = images / self.images
-        phases = {
-            name: time * (1 if name in ("optimizer", "communication") else factor) for name, time in self.phases.items()
-        }
-        gain = factor * sum(self.phases.values()) / sum(phases.values())
-        return self._replace(phases=phases, images=images, rates=tuple(gain * rate for rate in self.rates))
 
 
 def changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
@@ -133,41 +85,19 @@ def build(recipe: Recipe, accelerator: Accelerator, threads: int) -> Built:
     return Built(parts, accelerator, backward, trained, threads)
 
 
-class Probe(NamedTuple):
-    """What a first look at a model tells."""
-
-    flops_per_image: float
-    """Of a forward and backward pass, without what is only done again to save memory (PaLM's way of counting, arXiv
-    2204.02311)."""
-    seconds_per_image: float
-    """Of this rank, eager, in a small batch."""
+def reset(built: Built) -> None:
+    """Drop what a step that was broken off has left: gradients, notes for its end, memory."""
+    built.parts.optimizer.zero_grad()
+    built.parts.objective.forget_step()
+    built.backward.forget()
+    free()
 
 
-def probe(parts: Parts, accelerator: Accelerator, host: HostBatch) -> Probe:
-    """Two passes over a small batch; before `build`, so that no gradients are summed over ranks."""
-    encoders = [module for module in parts.objective.modules() if isinstance(module, Encoder)]
-    before = [encoder.checkpoint_blocks for encoder in encoders]
-    place = parts.placer(accelerator.device)
-
-    def work() -> None:
-        with accelerator.autocast():
-            loss = parts.objective(place(host))
-        loss.total.backward()
-        parts.optimizer.zero_grad()
-        parts.objective.forget_step()
-
-    try:
-        for encoder in encoders:
-            encoder.checkpoint_blocks = 0
-        with torch.compiler.set_stance("force_eager"):  # compiled blocks hide their operations
-            counted = count_flops(work)
-            begun = time.perf_counter()
-            work()
-            synchronize(accelerator.device)
-    finally:
-        for encoder, again in zip(encoders, before, strict=True):
-            encoder.checkpoint_blocks = again
-    return Probe(counted / len(host.ids), (time.perf_counter() - begun) / len(host.ids))
+def free() -> None:
+    """Give back what a model has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Unrecorded(BadSteps):
@@ -291,28 +221,3 @@ def _timed(timeline: Timeline, images: int, memory: int) -> Timed:
     rates = tuple(images * (end - start) / sum(steps[start:end]) for start, end in pairwise(edges))
     phases = {name: found.get(name, 0.0) / len(steps) for name in PHASES}
     return Timed(phases, images, rates, memory, len(steps))
-
-
-def with_communication(whole: Timed, alone: Timed) -> Timed:
-    """The step with what its gradients' sum costs told apart: the part of the backward pass that goes when each rank keeps
-    its own. What is hidden behind the computing costs nothing."""
-    summed = max(0.0, whole.phases["backward"] - alone.phases["backward"])
-    return whole._replace(
-        phases={**whole.phases, "backward": whole.phases["backward"] - summed, "communication": summed}
-    )
-
-
-def loader_rate(built: Built, recipe: Recipe, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Images per second of this rank's loader alone, while nobody computes."""
-    parts = replace(built.parts, recipe=recipe)
-    whole = parts.batches(built.accelerator.process_index, built.world)
-    images = min(LOOK * built.world, whole.batch_size // recipe.train.accumulate)
-    some = replace(whole, batch_size=images, accumulate=1)
-    workers = affordable_workers(some.item_bytes, loader_workers(recipe))
-    with closing(feed(some, range(FOREVER), workers, False, recipe.train.timeout)) as items:  # type: ignore[type-var]
-        for _ in range(1 + AHEAD * workers):  # processes start, files are opened, what was made meanwhile is used up
-            next(items)
-        begun, made = clock(), 0
-        while (spent := clock() - begun) < seconds or not made:
-            made += len(next(items).ids)
-    return made / spent

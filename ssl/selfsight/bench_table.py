@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from selfsight.bench_trials import Trial, within_noise
+from selfsight.bench_timed import within_noise
+from selfsight.bench_trials import Trial
 from selfsight.console import say, table
 from selfsight.doctor import duration
 from selfsight.redact import redact
@@ -55,7 +56,7 @@ def as_object(found: "Found") -> dict[str, Any]:
         "images": images,
         "hours": None if found.steps is None else found.steps * step / 3600,
         "hours_per_million_images": 1e6 / recipe.train.batch_size * step / 3600,
-        "bound": "data" if found.data_bound else "compute",
+        "bound": "data" if base.data_bound else "compute",
         "trials": [_trial(trial, found) for trial in found.trials],
         "command": redact(f"selfsight pretrain {' '.join([found.told, *_options(found.best)])}"),
         "faster": found.best,
@@ -90,6 +91,8 @@ def show(told: dict[str, Any]) -> None:
         say(note)
     if told["faster"]:
         print(told["command"])
+    elif not any("ratio" in trial for trial in told["trials"]):
+        say("no switch was tried")
     else:
         say("nothing that was tried and learns the same is faster beyond noise")
 
@@ -101,14 +104,17 @@ def _phases(told: dict[str, Any]) -> None:
     rows = [[NAMES[name], f"{share * step * many:,.1f}", f"{100 * share:.1f}%"] for name, share in shown.items()]
     rows.append(["the step", f"{step * many:,.1f}", "100%"])
     ranks = f" x {told['ranks']} ranks" if told["ranks"] > 1 else ""
+    timed = told["timed_batch_size"]
+    from_fewer = f" (worked out from steps of {timed:,})" if timed != told["batch_size"] else ""
     print(
-        f"{told['recipe']}: a step of {told['batch_size']:,} images, {told['precision']} on {told['hardware']}{ranks}"
+        f"{told['recipe']}: a step of {told['batch_size']:,} images{from_fewer}, {told['precision']} on {told['hardware']}{ranks}"
     )
     table(["where time goes", unit, "share"], rows)
 
 
 def _facts(told: dict[str, Any]) -> list[list[str]]:
-    loader, memory = told["loader"], told["memory"]
+    loader, memory, timed = told["loader"], told["memory"], told["timed_batch_size"]
+    within = f"within {100 * told['spread']:.0f}%" + (f" in steps of {timed:,}" if timed != told["batch_size"] else "")
     total = f" of {memory['total'] / 1024:,.1f}" if memory["total"] else ""
     gflops, peak = told["flops_per_image"] / 1e9, told["matmul_peak"] / 1e12
     length = (
@@ -121,11 +127,11 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
     return [
         [
             "speed",
-            f"{_rate(told['images_per_second'])} images/s, within {100 * told['spread']:.0f}%; {told['bound']}-bound",
+            f"{_rate(told['images_per_second'])} images/s, {within}; {told['bound']}-bound",
         ],
         [
             "loader alone",
-            f"{_rate(loader['images_per_second'])} images/s (workers: {loader['workers']}), {100 * loader['step_share']:.0f}% of a step",
+            f"{_rate(loader['images_per_second'])} images/s (workers: {loader['workers']}); making a batch takes {100 * loader['step_share']:.0f}% of a step's time",
         ],
         [
             "MFU",
@@ -138,18 +144,23 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
 
 
 def _switches(told: dict[str, Any]) -> None:
-    rows = [["as it is", _rate(told["images_per_second"]), "1.00", "", ""]]
+    rows = [["as it is", _rate(told["images_per_second"]), "1.00", _percent(told["spread"]), "", ""]]
     for trial in told["trials"]:
         name = ", ".join(f"{field} {_value(value)}" for field, value in trial["change"].items())
         if "why_not" in trial:
-            rows.append([name, "", "", "", trial["why_not"]])
+            rows.append([name, "", "", "", "", trial["why_not"]])
             continue
         words = ["within noise"] * trial["within_noise"] + ["changes what is learned"] * trial[
             "changes_what_is_learned"
         ]
         memory = "" if trial["memory"] is None else f"{trial['memory'] / 1024:,.1f}"
-        rows.append([name, _rate(trial["images_per_second"]), f"{trial['ratio']:.2f}", memory, "; ".join(words)])
-    table(["switches, one at a time", "images/s", "ratio", "GiB", ""], rows)
+        rate, spread = _rate(trial["images_per_second"]), _percent(trial["spread"])
+        rows.append([name, rate, f"{trial['ratio']:.2f}", spread, memory, "; ".join(words)])
+    table(["switches, one at a time", "images/s", "ratio", "noise", "GiB", ""], rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
 
 
 def _value(value: Any) -> str:

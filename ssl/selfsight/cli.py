@@ -134,7 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
         "recipe", help="the recipe that is to be run, with the same fields; nothing is written into its run_dir"
     )
     one.add_argument(
-        "--seconds", type=_count, default=60, metavar="N", help="about so many, without compiling (default: 60)"
+        "--seconds",
+        type=_count,
+        default=60,
+        metavar="N",
+        help="about so many, besides imports, compiling and starting loaders, some 10 more (default: 60)",
     )
     one.add_argument("--synthetic", action="store_true", help="random images instead of the recipe's data")
     one.add_argument("--compile", action="store_true", help="time train.compile on a CPU, too, which takes a minute")

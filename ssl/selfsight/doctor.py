@@ -34,6 +34,7 @@ from selfsight.data.samples import LISTED
 from selfsight.data.shards import Shards
 from selfsight.errors import DataError, StorageError
 from selfsight.footprint import free_memory
+from selfsight.memory import SHARE, blocks_to_recompute, measure, recomputable
 from selfsight.optim import set_rates
 from selfsight.processes import join, loader_workers
 from selfsight.recipe import Recipe, load
@@ -45,7 +46,6 @@ OLD_INDEX = "an index is of an older release; selfsight shards index makes it an
 DIM = 64  # a brightest value below which 8 bits show only shadows
 VALUES = 1000  # of an image, which tell its statistics well enough
 MICRO = 8  # images in the steps that are timed on a CPU
-COPIES = 4  # of each parameter: itself, its gradient, AdamW's two moments
 
 Level = Literal["ok", "note", "warning", "problem"]
 
@@ -243,13 +243,29 @@ def of_model(parts: Parts, accelerator: Accelerator) -> Iterator[Finding]:
     train, batches, device = parts.recipe.train, parts.batches(), accelerator.device
     images = train.batch_size // train.accumulate
     few = replace(batches, batch_size=min(images, images if device.type == "cuda" else MICRO), accumulate=1)
-    seconds, saved = timed_steps(parts, few, accelerator)
-    needed = COPIES * 4 * trained + saved * images / few.batch_size
-    free = free_memory(device)
-    told = f"about {needed / 2**30:,.1f} GiB a rank with {images:,} images at once, {free / 2**30:,.1f} GiB free on {device.type}"
-    advice = "; raise train.accumulate, or set train.checkpoint_blocks" if needed > 0.9 * free else ""
-    yield Finding("warning" if advice else "ok", "memory", told + advice)
-    yield from _of_rates(parts, batches, few.batch_size / seconds)
+    yield _of_memory(parts, accelerator, images)
+    yield from _of_rates(parts, batches, few.batch_size / timed_steps(parts, few, accelerator))
+
+
+def _of_memory(parts: Parts, accelerator: Accelerator, images: int) -> Finding:
+    """Whether a step fits, by the estimate with which a run chooses the blocks that it recomputes."""
+    encoder, device, free = parts.encoder, accelerator.device, free_memory(accelerator.device)
+    kept, depth = (
+        measure(parts.objective, parts.average, parts.recipe.seed, accelerator.autocast),
+        recomputable(encoder),
+    )
+    again = encoder.checkpoint_blocks
+    needed = kept.needed(images, depth, again)
+    told = f"about {needed / 2**30:,.1f} GiB a rank with {images:,} images at once"
+    told += f" and {again} of {depth} blocks recomputed" if again else ""
+    told += f", {free / 2**30:,.1f} GiB free on {device.type}"
+    if needed <= SHARE * free:
+        return Finding("ok", "memory", told)
+    least = blocks_to_recompute(free, kept, images, depth)
+    enough = least > again and kept.needed(images, depth, least) <= SHARE * free
+    return Finding(
+        "warning", "memory", f"{told}; raise train.accumulate{', or set train.checkpoint_blocks' if enough else ''}"
+    )
 
 
 def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Finding]:
@@ -284,18 +300,10 @@ def faster_data(parts: Parts, batches: Batches) -> str:
     return "more train.workers" + (", or shards built with --short-side" if plain else "")
 
 
-def timed_steps(parts: Parts, batches: Batches, accelerator: Accelerator) -> tuple[float, int]:
-    """Seconds of a step and bytes that its forward pass keeps for the backward pass. The parts are not used afterwards:
-    their weights have moved."""
-    device, saved = accelerator.device, dict[int, int]()
+def timed_steps(parts: Parts, batches: Batches, accelerator: Accelerator) -> float:
+    """Seconds of a step. The parts are not used afterwards: their weights have moved."""
+    device = accelerator.device
     place, host = parts.placer(device), batches[0]
-    weights = {parameter.untyped_storage().data_ptr() for parameter in parts.objective.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     set_rates(parts.optimizer, 0.0, 0.0)
 
     def step(number: int) -> None:
@@ -307,9 +315,7 @@ def timed_steps(parts: Parts, batches: Batches, accelerator: Accelerator) -> tup
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step(0)
-    return _median_seconds(step, STEPS), sum(size for where, size in saved.items() if where not in weights)
+    return _median_seconds(step, STEPS)
 
 
 def of_disk(parts: Parts) -> Iterator[Finding]:

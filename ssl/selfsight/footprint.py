@@ -10,9 +10,10 @@ MACHINE, OWN = Path("/proc/meminfo"), Path("/proc/self")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; where nobody says, more than there can be."""
+    """Bytes of the device that this process may use, of a GPU what it uses already included; where nobody says, more than
+    there can be."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return _kib(MACHINE, "MemAvailable", 2**53) * 1024
 
 

@@ -119,11 +119,6 @@ def recomputable(encoder: Encoder) -> int:
     return len(encoder.blocks) if encoder.plain else 0
 
 
-def free_bytes(device: torch.device) -> int:
-    """What this process may use of a GPU's memory, what it uses already included."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-
-
 def agreed(count: int, device: torch.device) -> int:
     """The largest count of any rank."""
     return int(largest(torch.tensor(float(count), device=device)))

@@ -7,8 +7,9 @@ import torch
 from selfsight.compiled import compile_blocks
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
+from selfsight.footprint import free_memory
 from selfsight.fp8 import to_float8
-from selfsight.memory import SHARE, Kept, agreed, blocks_to_recompute, free_bytes, measure, recomputable
+from selfsight.memory import SHARE, Kept, agreed, blocks_to_recompute, measure, recomputable
 from selfsight.objectives.across import world
 from selfsight.objectives.base import Objective, blocks_of
 from selfsight.precision import ARITHMETIC, FP8_MULTIPLE, resolve
@@ -48,7 +49,7 @@ def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device
             autocast = partial(torch.autocast, "cuda", torch.bfloat16, enabled=bf16)
             # The feeder has up to two steps' micro-batches at hand, and those of the step itself stay until its end.
             kept = measure(objective, average, recipe.seed, autocast, waiting=3 * train.accumulate)
-            objective.encoder.checkpoint_blocks, told = fit(kept, free_bytes(device), images, depth, device)
+            objective.encoder.checkpoint_blocks, told = fit(kept, free_memory(device), images, depth, device)
             notes += told
     else:
         objective.encoder.checkpoint_blocks = depth * train.checkpoint_blocks

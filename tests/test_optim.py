@@ -117,6 +117,7 @@ def test_an_average_follows_only_a_step_that_was_taken() -> None:
 
 def test_an_average_that_stays_keeps_the_sign_of_zero() -> None:
     live, average = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    nn.init.ones_(live.weight)
     nn.init.constant_(average.weight, -0.0)
     move_average(average, live, 0.9, torch.tensor(0.0))
     assert average.weight.signbit().all() and not average.weight.any()

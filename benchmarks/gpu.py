@@ -46,6 +46,17 @@ PACKAGES = (
     "pytest",
 )
 PHOTOGRAPHS = 2000
+REASON = "needs a GPU"  # of tests that skip themselves
+COMPILE = ("--train.compile", "true")
+SWITCHES = {  # of `selfsight bench`
+    "plain": (),
+    "compile": COMPILE,
+    "fp8": (*COMPILE, "--train.precision", "fp8"),
+    "graphs": (*COMPILE, "--train.cuda_graphs", "true"),
+    "recomputed": (*COMPILE, "--train.checkpoint_blocks", "true"),
+    "kept": (*COMPILE, "--train.checkpoint_blocks", "false"),
+    "synthetic": (*COMPILE, "--synthetic"),  # 64 JPEGs, always in the page cache: decoding without storage
+}
 FIRST = ("tests", "step.mae.ours", "step.mae.both", "step.mae-large.ours", "shards", "bench.plain", "bench.compile")
 
 
@@ -129,7 +140,7 @@ def plan(options: argparse.Namespace) -> list[Part]:
         if options.peers_at and (options.peers_at / CLONES[name]).is_dir()
         for word in (f"--{name}", str((options.peers_at / CLONES[name]).resolve()))
     ]
-    parts = [Part("tests", (python, "-m", "pytest", "-q", "-k", "gpu or cuda", str(ROOT / "tests")), 300, ("pytest",))]
+    parts = [Part("tests", (python, "-m", "pytest", "-q", *tests_of_gpus()), 300, ("pytest",))]
     for compiled in ("ours", "both", "none"):
         for work in WORKS:
             words = (
@@ -155,7 +166,7 @@ def plan(options: argparse.Namespace) -> list[Part]:
         parts.append(
             Part("shards", (python, str(HERE / "photographs.py"), str(made), str(PHOTOGRAPHS)), 120, ("webdataset",))
         )
-    for name, words in {"plain": (), "compile": ("--train.compile", "true")}.items():
+    for name, words in SWITCHES.items():
         bench = ("bench", str(ROOT / "recipes" / "imagenet" / "vicreg-s16.yaml"), "--data.train", data, "--json")
         batch = ("--train.batch_size", "256", *evaluation_off(), *words)
         parts.append(
@@ -169,6 +180,11 @@ def plan(options: argparse.Namespace) -> list[Part]:
         parts.append(Part("cifar10", (python, str(HERE / "cifar10.py"), *words), 10 * 3600, needs, resumable=True))
     order = {name: number for number, name in enumerate(FIRST)}
     return sorted(parts, key=lambda part: order.get(part.name, len(order)))
+
+
+def tests_of_gpus() -> list[str]:
+    """The files with tests that skip themselves without a GPU: by their reason, since not every name says it."""
+    return [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if f'reason="{REASON}' in path.read_text()]
 
 
 def evaluation_off() -> tuple[str, ...]:

@@ -25,6 +25,14 @@ class Round(NamedTuple):
     """Seconds of CPU time of the whole process, all threads."""
 
 
+class Gone(NamedTuple):
+    """A competitor of a pair that gave no round."""
+
+    ours: bool
+    """Whether it is ours."""
+    why: str
+
+
 class Competitor:
     """A process that trains as `competitor.py` is told to, one round at a time.
 
@@ -71,11 +79,13 @@ class Competitor:
         return self.answer()
 
 
-def in_turn(ours: Competitor, theirs: Competitor, rounds: int, seconds: float) -> tuple[list[Round], list[Round], str]:
+def in_turn(
+    ours: Competitor, theirs: Competitor, rounds: int, seconds: float
+) -> tuple[list[Round], list[Round], Gone | None]:
     """Pairs of rounds, ours and theirs, who is first changing from pair to pair; at least 3 unless fewer are asked for.
 
     Returns:
-        Our rounds, theirs, and why they could not be had, or empty.
+        Our rounds, theirs, and who gave none and why, or None.
     """
     found: dict[bool, list[Round]] = {True: [], False: []}
     begun = time.perf_counter()
@@ -85,9 +95,9 @@ def in_turn(ours: Competitor, theirs: Competitor, rounds: int, seconds: float) -
         for us in (True, False) if number % 2 == 0 else (False, True):
             told = (ours if us else theirs).ask("round")
             if "skipped" in told:
-                return [], [], told["skipped"]
+                return [], [], Gone(us, told["skipped"])
             found[us].append(Round(told["wall"], told["cpu"]))
-    return found[True], found[False], ""
+    return found[True], found[False], None
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from paired import Competitor, Round, in_turn, ratio
-from works import PEERS, REPOSITORIES, SHORT, WORKS
+from works import EXPLICIT, PEERS, REPOSITORIES, SHORT, WORKS, Work
 
 from selfsight.speed import matmul_peak
 
@@ -43,6 +43,7 @@ def main() -> int:
     """Time, print."""
     options = parse()
     begun = time.perf_counter()
+    torch.set_num_threads(options.threads)  # the competitors' number, for their peak
     peaks: dict[str, float] = {}
     found = [measure(work, options, peaks, begun) for work in options.work]
     result = about(options, peaks) | (found[0] if len(found) == 1 else {"works": {one["work"]: one for one in found}})
@@ -68,7 +69,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "--seconds", type=float, default=20, help="of pairs with each peer, after three (default: %(default)s)"
     )
     parser.add_argument(
-        "--budget", type=float, default=660, help="seconds after which no other peer is begun (default: %(default)s)"
+        "--budget",
+        type=float,
+        default=660,
+        help="seconds after which neither a work nor a peer is begun (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument(
@@ -108,13 +112,18 @@ def chosen(parser: argparse.ArgumentParser, option: str, given: str, known: tupl
 def measure(name: str, options: argparse.Namespace, peaks: dict[str, float], begun: float) -> dict[str, Any]:
     """One work: selfsight with each peer in turn."""
     work = WORKS[name]
+    spent = f"the budget of {options.budget:g} seconds is spent"
+    if time.perf_counter() - begun > options.budget:
+        return {"work": name, "skipped": {OURS: spent}}
     precision = work.precision or options.precision
+    if precision not in peaks:  # while nothing else of this run is at work
+        peaks[precision] = matmul_peak(torch.device(options.device), DTYPES[precision])
     batch = options.batch or (work.gpu_batch if options.device == "cuda" else work.cpu_batch)
     spec = {
         "work": name, "precision": precision, "batch": batch, "device": options.device, "threads": options.threads,
         "model": options.model, "paths": {peer: getattr(options, peer.replace("-", "_")) for peer in REPOSITORIES},
     }  # fmt: skip
-    rivals = [rival for rival in work.rivals if rival.partition(":")[0] in options.peers]
+    rivals = rivals_of(work, options, precision)
     skipped: dict[str, str] = {}
     each: dict[str, dict[str, Any]] = {}
     pairs: dict[str, tuple[list[Round], list[Round]]] = {}
@@ -125,31 +134,40 @@ def measure(name: str, options: argparse.Namespace, peaks: dict[str, float], beg
         each[OURS] = ours.answer()
         if "skipped" in each[OURS]:
             return {"work": name, "skipped": {OURS: each[OURS]["skipped"]}}
-        peak = peaks.setdefault(precision, matmul_peak(torch.device(options.device), DTYPES[precision]))
         for rival in rivals:
             if time.perf_counter() - begun > options.budget:
-                skipped[rival] = f"the budget of {options.budget:g} seconds is spent"
+                skipped[rival] = spent
                 continue
             with first or theirs_of(rival) as theirs:
                 first = None
                 facts = theirs.answer()
-                mine, others, why = (
-                    ([], [], facts["skipped"])
-                    if "skipped" in facts
-                    else in_turn(ours, theirs, options.rounds, options.seconds)
-                )
-                if why:
-                    skipped[rival] = why
+                if "skipped" in facts:
+                    skipped[rival] = facts["skipped"]
                     continue
-                pairs[rival], each[rival] = (mine, others), facts | theirs.ask("memory")
-        alone = [] if pairs else [round_of(ours.ask("round")) for _ in range(options.rounds)]
-        each[OURS] |= ours.ask("memory")
+                mine, others, gone = in_turn(ours, theirs, options.rounds, options.seconds)
+                if gone:
+                    skipped[OURS if gone.ours else rival] = gone.why
+                else:
+                    memory = theirs.ask("memory")
+                    pairs[rival], each[rival] = (mine, others), facts | {"peak_memory": memory.get("peak_memory")}
+            if OURS in skipped:
+                break
+        alone: list[Round] = []
+        while not pairs and OURS not in skipped and len(alone) < options.rounds:
+            told = ours.ask("round")
+            if "skipped" in told:
+                skipped[OURS] = told["skipped"]
+            else:
+                alone.append(Round(told["wall"], told["cpu"]))
+        each[OURS]["peak_memory"] = None if OURS in skipped else ours.ask("memory").get("peak_memory")
+    if not pairs and not alone:
+        return {"work": name, "precision": precision, "batch": batch, "skipped": skipped}
     times = {OURS: alone + [one for mine, _ in pairs.values() for one in mine]}
     times |= {rival: others for rival, (_, others) in pairs.items()}
     for rival, facts in each.items():
         rate = batch / median(one.wall for one in times[rival])
         facts |= {"images_per_second": rate, "rounds": len(times[rival])}
-        facts["mfu"] = facts["flops"] * rate / batch / peak
+        facts["mfu"] = facts["flops"] * rate / batch / peaks[precision]
     return (
         {"work": name, "precision": precision, "batch": batch}
         | report(each, pairs, options.device)
@@ -157,9 +175,11 @@ def measure(name: str, options: argparse.Namespace, peaks: dict[str, float], beg
     )
 
 
-def round_of(told: dict[str, Any]) -> Round:
-    """A round as it was answered."""
-    return Round(told["wall"], told["cpu"])
+def rivals_of(work: Work, options: argparse.Namespace, precision: str) -> list[str]:
+    """Who is compared: packages with fused attention also with explicit, where fused is the slower one by far."""
+    slow = options.device == "cpu" and precision == "bf16"
+    rivals = [rival for rival in work.rivals if slow or rival not in EXPLICIT]
+    return [rival for rival in rivals if rival.partition(":")[0] in options.peers]
 
 
 def report(each: dict[str, Any], pairs: dict[str, tuple[list[Round], list[Round]]], device: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def threads() -> Iterator[None]:
 def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
     tiny = works.Work(
-        ("lightly", "transformers", "mae"),
+        ("lightly", "lightly:explicit", "transformers", "transformers:explicit", "mae"),
         {"name": "mae", **decoder},
         2,
         2,
@@ -103,12 +103,15 @@ def test_one_object_says_what_was_compared(
         "threads",
         "batch",
     } <= {*found}
-    assert {*found["ratios"]} == {*found["spread"]} == {*found["ratios_cpu_time"]} == {"lightly", "transformers"}
+    peers = {"lightly", "lightly:explicit", "transformers", "transformers:explicit"}
+    assert {*found["ratios"]} == {*found["spread"]} == {*found["ratios_cpu_time"]} == peers
     assert found["skipped"]["mae"].startswith("give --mae PATH")
     each = found["each"]
-    assert {*each} == {"selfsight", "lightly", "transformers"}
+    assert {*each} == {"selfsight"} | peers
+    assert all((each[who]["attention"] == "explicit") == who.endswith(":explicit") for who in peers)
+    assert each["selfsight"]["note"] == "with fused AdamW and an allocator that keeps what is freed, as a run"
     assert found["images_per_second"] == each["selfsight"]["images_per_second"] > 0
-    assert each["selfsight"]["rounds"] == 4 and each["lightly"]["rounds"] == 2
+    assert each["selfsight"]["rounds"] == 8 and each["lightly"]["rounds"] == 2
     for facts in each.values():
         assert facts["mfu"] == pytest.approx(facts["flops"] * facts["images_per_second"] / 2 / 1e12, abs=1e-4)
         assert facts["attention"] in ("fused", "explicit")
@@ -177,7 +180,55 @@ def test_ratios_are_of_pairs() -> None:
     )  # three at least, whatever the seconds
     assert [one.wall for one in mine] == [1.0] * 3 and [one.wall for one in others] == [2.0] * 3
     gone = SimpleNamespace(ask=lambda _: {"skipped": "why"})
-    assert paired.in_turn(ask("ours", 1.0), gone, 1, 0.0) == ([], [], "why")  # type: ignore[arg-type]
+    assert paired.in_turn(ask("ours", 1.0), gone, 1, 0.0) == ([], [], (False, "why"))  # type: ignore[arg-type]
+    assert paired.in_turn(gone, ask("theirs", 1.0), 1, 0.0) == ([], [], (True, "why"))  # type: ignore[arg-type]
+
+
+class Dying(InThisProcess):
+    """One that says what it is; ours then dies."""
+
+    def answer(self) -> dict[str, Any]:
+        return {"flops": 1, "attention": None, "parameters": 1, "note": ""}
+
+    def ask(self, what: str) -> dict[str, Any]:
+        return {"skipped": "killed"} if self.spec["who"] == step.OURS else {"wall": 1.0, "cpu": 1.0}
+
+
+@pytest.mark.parametrize("peers", ["lightly", "solo-learn"])  # with a rival, and alone
+def test_ours_that_dies_is_not_blamed_on_a_peer(monkeypatch: pytest.MonkeyPatch, peers: str, threads: None) -> None:
+    small_work(monkeypatch)
+    monkeypatch.setattr(step, "Competitor", Dying)
+    found = step.measure("mae", step.parse(["--device", "cpu", "--peers", peers]), {}, step.time.perf_counter())
+    assert found["skipped"] == {"selfsight": "killed"} and "selfsight: killed" not in step.table([found])
+
+
+def test_what_the_budget_does_not_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "Competitor", None)  # none is begun
+    options = step.parse(["--device", "cpu", "--budget", "5"])
+    found = step.measure("dino", options, {}, step.time.perf_counter() - 6)
+    assert found == {"work": "dino", "skipped": {"selfsight": "the budget of 5 seconds is spent"}}
+
+
+def test_a_peak_is_measured_before_anybody_starts(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    small_work(monkeypatch)
+    seen: list[object] = []
+    monkeypatch.setattr(step, "matmul_peak", lambda device, dtype: seen.append(torch.get_num_threads()) or 1e12)
+    monkeypatch.setattr(step, "Competitor", lambda spec: seen.append("started") or Dying(spec))
+    monkeypatch.setattr(sys, "argv", ["step.py", "--threads", "3", "--device", "cpu", "--work", "mae,mae", "--json"])
+    assert step.main() == 1 and seen[:2] == [3, "started"] and seen.count(3) == 1
+
+
+def test_fused_peers_are_explicit_too_where_fused_is_slow() -> None:
+    options = step.parse(["--device", "cpu", "--peers", "lightly"])
+    assert step.rivals_of(works.WORKS["mae"], options, "bf16") == ["lightly", "lightly:explicit"]
+    assert step.rivals_of(works.WORKS["mae"], options, "fp32") == ["lightly"]
+    options.device = "cuda"
+    assert step.rivals_of(works.WORKS["mae"], options, "bf16") == ["lightly"]
+
+
+def test_tests_that_need_a_gpu_are_all_chosen() -> None:
+    chosen = {Path(path).name for path in gpu.tests_of_gpus()}
+    assert {"test_compile.py", "test_memory.py", "test_precision.py"} <= chosen
 
 
 def test_a_competitor_that_dies_is_told(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""lightly's modules, put together as its own examples do: MAE, VICReg and DINO on a timm ViT."""
+"""lightly's modules, put together as its own examples do: MAE, VICReg and DINO on a timm ViT.
+
+The variant "explicit" has timm's explicit attention in place of the fused one.
+"""
 
 import copy
 import warnings
@@ -14,14 +17,15 @@ from lightly.models.modules.masked_autoencoder_timm import MAEDecoderTIMM
 from torch import Tensor, nn
 from works import WORKS, Training, embeddings, forget, recipe_of
 
-from peers.common import images, shape_of, training
+from peers.common import explicit_attention, images, shape_of, training
 
 
 def build(spec: dict[str, Any], variant: str) -> Training:
     """The step of a work."""
     if "loss" in spec["work"]:
         return vicreg_loss(spec)
-    return {"mae": mae, "vicreg": vicreg, "dino": dino}[WORKS[spec["work"]].objective["name"]](spec)
+    make = {"mae": mae, "vicreg": vicreg, "dino": dino}[WORKS[spec["work"]].objective["name"]]
+    return make(spec, variant == "explicit")
 
 
 class MAE(nn.Module):
@@ -49,7 +53,7 @@ def vit_of(spec: dict[str, Any], **options: Any) -> nn.Module:
     return timm.create_model(recipe.encoder.name, num_classes=0, **options)
 
 
-def mae(spec: dict[str, Any]) -> Training:
+def mae(spec: dict[str, Any], explicit: bool) -> Training:
     """Forward, backward and AdamW."""
     shape = shape_of(spec)
     vit = vit_of(spec, img_size=shape.image, patch_size=shape.patch)
@@ -61,6 +65,8 @@ def mae(spec: dict[str, Any]) -> Training:
             decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads,
         )  # fmt: skip
     model = MAE(vit, decoder, shape.patch).to(spec["device"]).train()
+    if explicit:
+        explicit_attention(model)
     batch = images(spec, shape.image)
     return training(spec, model, lambda: model(batch), torch.optim.AdamW(model.parameters(), lr=1.5e-4))
 
@@ -76,13 +82,15 @@ def vicreg_loss(spec: dict[str, Any]) -> Training:
     return Training(step, 0)
 
 
-def vicreg(spec: dict[str, Any]) -> Training:
+def vicreg(spec: dict[str, Any], explicit: bool) -> Training:
     """Two views, one after the other, with an expander as wide as selfsight's."""
     vit, expander = vit_of(spec), recipe_of(spec | {"compile": False}).objective
     head = VICRegProjectionHead(
         vit.num_features, expander.expander_width, expander.expander_width, num_layers=expander.expander_layers
     )
     model, loss = nn.Sequential(vit, head).to(spec["device"]).train(), VICRegLoss()
+    if explicit:
+        explicit_attention(model)
     first, second = (images(spec, shape_of(spec).image) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     return training(spec, model, lambda: loss(model(first), model(second)), optimizer)
@@ -113,10 +121,12 @@ class DINO(nn.Module):
         utils.update_momentum(self.student_head, self.teacher_head, m=0.996)
 
 
-def dino(spec: dict[str, Any]) -> Training:
+def dino(spec: dict[str, Any], explicit: bool) -> Training:
     """Multi-crop, with a head as wide as selfsight's."""
     config = recipe_of(spec | {"compile": False}).objective
     model = DINO(vit_of(spec, dynamic_img_size=True), config).to(spec["device"]).train()
+    if explicit:
+        explicit_attention(model)
     side = shape_of(spec).image
     sides = [side, side, *[config.local_view.size or side] * config.local_views]
     views = [images(spec, side) for side in sides]

@@ -7,6 +7,7 @@ position biases shared by the blocks, and layer scale.
 import sys
 import warnings
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ def build(spec: dict[str, Any], variant: str) -> Training:
     skip = tuple(f"encoder.{name}" for name in ("cls_token", "pos_embed", "mask_token"))
     optimizer = torch.optim.AdamW(spared(model, skip), lr=1e-4, weight_decay=0.05)
     batch, side = images(spec, shape.image), shape.image // 32
-    chosen = torch.rand(spec["batch"], side * side, device=spec["device"]).argsort(1) < round(0.6 * side * side)
+    chosen = torch.rand(spec["batch"], side * side, device=spec["device"]).argsort(1) < ceil(
+        0.6 * side * side
+    )  # as its MaskGenerator
     times = 32 // shape.patch
     mask = chosen.view(-1, side, side).repeat_interleave(times, 1).repeat_interleave(times, 2).long()
     note = "its released recipe's positions and layer scale, without drop path" if released else "absolute positions"

@@ -1,4 +1,4 @@
-"""transformers' ViTMAEForPreTraining with torch's AdamW."""
+"""transformers' ViTMAEForPreTraining with torch's AdamW; the variant "explicit" has its eager attention in place of the fused one."""
 
 from typing import Any
 
@@ -19,6 +19,7 @@ def build(spec: dict[str, Any], variant: str) -> Training:
             num_attention_heads=shape.heads, intermediate_size=4 * shape.width, decoder_hidden_size=decoder["width"],
             decoder_num_hidden_layers=decoder["depth"], decoder_num_attention_heads=decoder["heads"],
             decoder_intermediate_size=4 * decoder["width"], mask_ratio=0.75, norm_pix_loss=True,
+            attn_implementation="eager" if variant == "explicit" else None,
         )
     )  # fmt: skip
     model.to(spec["device"]).train()

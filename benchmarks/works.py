@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from absent import stand_in
 
@@ -188,8 +189,8 @@ def assembled(recipe: Any, accelerator: Any) -> tuple[Any, Any]:
     """The parts of a run and what makes its gradients, as `train` puts them together."""
     from selfsight import assemble, backward
 
-    assemble.open_samples = lambda data: Nowhere()
-    parts = assemble.assemble(recipe, accelerator.device, world=accelerator.num_processes)
+    with patch.object(assemble, "open_samples", lambda data: Nowhere()):
+        parts = assemble.assemble(recipe, accelerator.device, world=accelerator.num_processes)
     kind = backward.Sharded if parts.sharded else backward.Averaged
     return parts, kind(parts.objective, accelerator)
 

@@ -118,7 +118,8 @@ def test_one_object_says_what_was_compared(
     # The same work: as many weights (a class token's decoder position may be one of them), and ours never more products.
     sizes = [facts["parameters"] for facts in each.values()]
     assert max(sizes) - min(sizes) <= 0.01 * max(sizes)
-    assert 0.8 * each["transformers"]["flops"] < each["selfsight"]["flops"] <= each["transformers"]["flops"]
+    # Ours computes the decoder's last block, here its only one, for hidden patches alone: a quarter of so small a model.
+    assert 0.7 * each["transformers"]["flops"] < each["selfsight"]["flops"] <= each["transformers"]["flops"]
 
 
 def test_processes_take_turns_and_end() -> None:

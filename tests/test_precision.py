@@ -17,6 +17,8 @@ from selfsight.fp8 import BACKWARD, FORWARD, Float8Linear, fits, quantize, to_fl
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, blocks_of
 from selfsight.objectives.configs import Data2VecConfig, MAEConfig
+from selfsight.objectives.dino import cross_view_entropy
+from selfsight.objectives.vicreg import loss_terms
 from selfsight.precision import ARITHMETIC, exact, resolve, set_products
 from selfsight.processes import join
 from selfsight.recipe import DataConfig, EncoderConfig, load
@@ -67,6 +69,9 @@ def test_only_tf32_lets_fp32_products_be_rounded() -> None:
     }  # fmt: skip
 
 
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm")}
+
+
 class Products(TorchDispatchMode):
     """Whether each matrix product might have been rounded to TF32."""
 
@@ -75,7 +80,7 @@ class Products(TorchDispatchMode):
         self.rounded: list[bool] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+        if function.overloadpacket in PRODUCTS:
             self.rounded.append(CUDA.allow_tf32)
         return function(*args, **(kwargs or {}))
 
@@ -97,6 +102,21 @@ def test_exact_products_are_exact_backward_too(tf32: bool) -> None:
     # In reverse, two products for each: the last one's, the two exact ones', the first one's.
     assert seen.rounded == [tf32] * 2 + [False] * 4 + [tf32] * 2
     assert CUDA.allow_tf32 == tf32
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda a, b: sum(loss_terms(a, b).values()),
+        lambda a, b: cross_view_entropy(torch.stack([a, b]).softmax(-1), torch.stack([a, b])),
+    ],
+)
+def test_gradients_that_are_written_out_are_exact_too(loss: Any) -> None:
+    set_products("tf32")
+    a, b = (torch.randn(4, 6, generator=torch.Generator().manual_seed(n), requires_grad=True) for n in range(2))
+    with Products() as seen:
+        loss(a * 1, b * 1).backward()
+    assert len(seen.rounded) >= 2 and not any(seen.rounded)
 
 
 def test_exact_is_left_as_it_was_entered() -> None:

@@ -397,7 +397,8 @@ class Encoder(nn.Module):
         if own is None:
             return places
         if channels is not None:
-            own = own.index_select(1, torch.tensor(channels, device=own.device))
+            planes = own.unbind(1)  # an index made here would wait for the device
+            own = torch.stack([planes[channel] for channel in channels], dim=1)
         return (own[:, :, None] + places[:, None]).flatten(1, 2)
 
     def _dense(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ a rounded copy of the weights. Here both are made again in the backward pass, by
 (Chen et al. 2016, arXiv 1604.06174, section 3, of the cheapest layers): outputs and gradients are the same bit by bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,23 @@ def _unwatched(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def _autocast_type(x: Tensor) -> torch.dtype | None:
+    """To which autocast casts where x lies; None where it is off, or where there is none."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _again(make: Make, parts: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
+    """What `make` gave, under the same autocast."""
+    device = parts[0].device.type
+    if not torch.amp.is_autocast_available(device):
+        return make(*parts)
+    with torch.autocast(device, dtype, enabled=dtype is not None, cache_enabled=False):
+        return make(*parts)
+
+
 class _Linear(torch.autograd.Function):
     """x W' + b. The products of the backward pass are those of torch's own, in its order of strides."""
 
@@ -78,12 +95,11 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, made: Tensor, weight: Tensor, bias: Tensor | None, make: Make, *parts: Tensor | None
     ) -> Tensor:
-        device = made.device.type
         ctx.make, ctx.made_type, ctx.bias_type = make, made.dtype, None if bias is None else bias.dtype
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.autocast = _autocast_type(made)
         ctx.save_for_backward(weight, *parts)
         # Cast here, for autocast would remember the rounded weights until it ends, and without their gradient.
-        dtype = torch.get_autocast_dtype(device) if ctx.autocast[2] else weight.dtype
+        dtype = ctx.autocast or weight.dtype
         return F.linear(made.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -93,9 +109,7 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         found: list[Tensor | None] = [None] * 3
         if ctx.needs_input_grad[1]:
-            device, dtype, enabled = ctx.autocast
-            with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
-                made = ctx.make(*parts)
+            made = _again(ctx.make, parts, ctx.autocast)
             found[1] = rows.t().mm(made.to(rows.dtype).flatten(0, -2)).to(weight.dtype)
             del made
         if ctx.needs_input_grad[2]:

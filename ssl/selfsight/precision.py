@@ -102,6 +102,13 @@ class _ExactBackward(TorchFunctionMode):
             self._mark(earlier)
 
 
+def apply(function: type[torch.autograd.Function], *given: Tensor) -> Any:
+    """`function.apply(*given)`, whose backward pass `exact` keeps exact, too: autograd itself tells no mode of it."""
+    if torch.overrides.has_torch_function(given):
+        return torch.overrides.handle_torch_function(function.apply, given, *given)
+    return function.apply(*given)
+
+
 def _allow(tf32: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32
 

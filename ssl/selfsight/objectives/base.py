@@ -219,11 +219,6 @@ def host_uniform(batch: Batch, purpose: str, count: int) -> Tensor:
     return torch.from_numpy(keyed.uniform(batch.seed, purpose, batch.positions.numpy(), count))
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device, without waiting for the device."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 def blocks_of(objective: nn.Module) -> Iterator[nn.Module]:
     """Every transformer block of an objective: those of its encoders, teachers included, and of its decoders."""
     for module in objective.modules():

@@ -4,6 +4,7 @@ The teacher sees two large views, the student also small ones. Optional, as in D
 in place of centering, iBOT's loss on masked patches, and KoLeo.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selfsight.data.placer import Batch
+from selfsight.data.transfer import without_waiting
 from selfsight.encoder import Encoder, Tokens, pool_tokens
 from selfsight.errors import UsageError
 from selfsight.objectives.across import GlobalBatchNorm, gather, largest, ranks, total
-from selfsight.objectives.base import EMATaught, Loss, each_view, exact, host_uniform, mlp, packed, sent
+from selfsight.objectives.base import EMATaught, Loss, each_view, exact, host_uniform, mlp, packed
 from selfsight.objectives.configs import DINOConfig
 from selfsight.objectives.masks import mask_lowest
+from selfsight.precision import apply
 
 
 class DINO(EMATaught):
@@ -73,8 +76,9 @@ class DINO(EMATaught):
         config, temperature = self.config, self.teacher_temperature(batch.progress)
         frozen = batch.progress < config.freeze_prototypes
         with torch.no_grad():
-            taught = self.teacher(packed(batch.views[:2]))
-            outputs = self.teacher_head(pool_tokens(taught, self.encoder.pool).unflatten(0, (2, -1)))
+            taught = self.taught(batch.views[:2])
+            pooled = torch.stack([feature for tokens in taught for feature in self.features(tokens, 2 // len(taught))])
+            outputs = self.teacher_head(pooled)
             targets = self.balanced(outputs, temperature, 0)
         mask = torch.cat([self.mask(batch, number) for number in range(2)]) if config.ibot else None
         seen = None if mask is None else self.masked(batch, mask)
@@ -83,7 +87,7 @@ class DINO(EMATaught):
         logits = self.head(features, frozen, config.student_temperature)
         terms = {"dino": cross_view_entropy(targets, logits)}
         if mask is not None and seen is not None:
-            terms["ibot"] = self.patch_loss(taught.patches, seen.patches, mask, temperature, frozen)
+            terms["ibot"] = self.patch_loss(taught[0].patches, seen.patches, mask, temperature, frozen)
         if config.koleo:
             terms["koleo"] = koleo(gather(features[0].float())) + koleo(gather(features[1].float()))
         weights = {"dino": 1.0, "ibot": config.ibot, "koleo": config.koleo}
@@ -93,6 +97,11 @@ class DINO(EMATaught):
         watched = {"feature": features[0].detach(), "teacher": targets[0]}
         return Loss(loss, {name: term.detach() for name, term in terms.items()}, watched)
 
+    def taught(self, views: Sequence[Tensor]) -> list[Tokens]:
+        """The teacher's tokens of the global views: of both in one pass, or of each where they have two sizes."""
+        first, second = views
+        return [self.teacher(images) for images in ([packed(views)] if first.shape == second.shape else views)]
+
     def whole_features(self, batch: Batch) -> Tensor:
         """Features (2, B, D) of the global views as they are, which the other parts of a joint may want, too."""
         self.encode_together(batch, 0, 1)
@@ -101,7 +110,7 @@ class DINO(EMATaught):
     def masked(self, batch: Batch, mask: Tensor) -> Tokens:
         """Tokens of the global views, view after view, with these patches masked (2 B, N)."""
         images = packed(batch.views[:2])
-        given = sent(mask, images.device)
+        given = without_waiting(mask, images.device)
         return self.encoder(images, mask=given, mask_token=self.mask_token, draw=each_view(batch, ("0", "1")))
 
     def features(self, tokens: Tokens, views: int) -> Tensor:
@@ -134,8 +143,8 @@ class DINO(EMATaught):
             seen: the student's.
             mask: (2 B, N) bool, on the CPU: so the number of masked patches is known without asking the device.
         """
-        index = sent(mask.flatten().nonzero()[:, 0], seen.device)
-        share = sent((mask / mask.sum(1, keepdim=True).clamp(min=1))[mask], seen.device)
+        index = without_waiting(mask.flatten().nonzero()[:, 0], seen.device)
+        share = without_waiting((mask / mask.sum(1, keepdim=True).clamp(min=1))[mask], seen.device)
         with torch.no_grad():
             outputs = self.teacher_patch_head(taught.flatten(0, 1).index_select(0, index))
             targets = self.balanced(outputs[None], temperature, 1)[0]
@@ -207,9 +216,12 @@ class Head(nn.Module):
 
 
 def cross_view_entropy(targets: Tensor, logits: Tensor) -> Tensor:
-    """Mean cross-entropy over pairs of different views: targets (T, B, K), logits (S, B, K), views in the same order."""
+    """Mean cross-entropy over pairs of different views: targets (T, B, K), logits (S, B, K), views in the same order.
+
+    Targets are constants: no gradient goes to them.
+    """
     with exact(logits):
-        return _CrossViewEntropy.apply(targets, logits)
+        return apply(_CrossViewEntropy, targets.detach(), logits)
 
 
 class _CrossViewEntropy(torch.autograd.Function):
@@ -218,9 +230,11 @@ class _CrossViewEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, targets: Tensor, logits: Tensor) -> Tensor:
-        other = 1 - torch.eye(len(targets), len(logits), device=logits.device)
+        other = 1 - torch.eye(len(targets), len(logits), device=logits.device, dtype=logits.dtype)
         mean = other / (targets.shape[1] * (other.numel() - min(other.shape)))
-        pairs = targets.sum(-1) @ logits.logsumexp(-1).T - targets.flatten(1) @ logits.flatten(1).T
+        # Image by image: one product of so long sums and so few results would leave most of a GPU idle.
+        shared = (targets.transpose(0, 1) @ logits.permute(1, 2, 0)).sum(0)
+        pairs = targets.sum(-1) @ logits.logsumexp(-1).T - shared
         ctx.save_for_backward(targets, logits, mean)
         return (pairs * mean).sum()
 

@@ -14,7 +14,10 @@ _C1, _C2 = 0.01**2, 0.03**2  # for pixels in 0..1
 
 def gradient_magnitude(images: Tensor) -> Tensor:
     """Length of the Sobel gradient of every channel: (B, C, H, W), borders repeated; of volumes (B, C, D, H, W) in each plane."""
-    smooth, slope = images.new_tensor((1.0, 2.0, 1.0)) / 4, images.new_tensor((-1.0, 0.0, 1.0)) / 2
+    steps = torch.arange(
+        -1.0, 2.0, dtype=images.dtype, device=images.device
+    )  # made there: a copy might wait for the device
+    smooth, slope = (2 - steps.abs()) / 4, steps / 2
     planes = images.flatten(1, -3)
     padded = F.pad(planes, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
     kernels = torch.stack([smooth[:, None] * slope, slope[:, None] * smooth])[:, None]

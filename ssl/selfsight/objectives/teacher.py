@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsight.data.transfer import without_waiting
 from selfsight.encoder import Encoder
 from selfsight.errors import NumericError, StorageError, UsageError
 from selfsight.ledger import weights_hash
@@ -200,7 +201,7 @@ class StoredTeacher:
         """The outputs at rows (B,)."""
         found = {name: torch.from_numpy(array[rows.numpy()]) for name, array in self.arrays.items()}
         return {
-            name: value.to(device, torch.long if name == "classes" else torch.float32, non_blocking=True)
+            name: without_waiting(value, device).to(torch.long if name == "classes" else torch.float32)
             for name, value in found.items()
         }
 

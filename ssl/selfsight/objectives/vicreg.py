@@ -13,11 +13,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from selfsight.data.placer import Batch
+from selfsight.data.transfer import without_waiting
 from selfsight.encoder import Encoder
 from selfsight.errors import UsageError
 from selfsight.objectives.across import GlobalBatchNorm, gather
-from selfsight.objectives.base import Loss, Objective, Setting, exact, host_uniform, mlp, sent
+from selfsight.objectives.base import Loss, Objective, Setting, exact, host_uniform, mlp
 from selfsight.objectives.configs import VICRegConfig
+from selfsight.precision import apply
 
 EPSILON = 1e-4  # below the root of the variance
 FEW = 128  # images below which the paper's own ablation (batch size, appendix) has no figures
@@ -57,7 +59,7 @@ class VICReg(Objective):
     def verify_order(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy with its floor, and the share of right answers; chance is log 2 and a half."""
         moments = torch.stack([self.feature(batch, view) for view in range(3)], dim=1)
-        places, labels = (sent(part, moments.device) for part in triples(host_uniform(batch, "order", 2)))
+        places, labels = (without_waiting(part, moments.device) for part in triples(host_uniform(batch, "order", 2)))
         shown = moments.gather(1, places[..., None].expand_as(moments))
         logits = self.in_order(shown.flatten(1)).float()
         right = (logits.argmax(1) == labels).float().mean()
@@ -108,7 +110,7 @@ def loss_terms(first: Tensor, second: Tensor) -> dict[str, Tensor]:
 def spread(z: Tensor) -> tuple[Tensor, Tensor]:
     """Of embeddings (N, D) the variance term, mean over dimensions of max(0, 1 - standard deviation) (equation 1, code's
     epsilon), and the covariance term, sum of squared off-diagonal covariances over D (equation 4)."""
-    return _Spread.apply(z)
+    return apply(_Spread, z)
 
 
 class _Spread(torch.autograd.Function):

@@ -27,7 +27,7 @@ from selfsight import keyed
 from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
 from selfsight.errors import UsageError
-from selfsight.objectives import build_objective
+from selfsight.objectives import build_objective, parse_objective
 from selfsight.objectives.base import mlp
 from selfsight.objectives.configs import DINOConfig
 from selfsight.objectives.dino import DINO, Head, cross_view_entropy, entropy, koleo, sinkhorn
@@ -656,3 +656,25 @@ def test_the_loss_is_as_precise_as_its_logits_under_autocast() -> None:
             assert torch.equal(cross_view_entropy(targets, logits), alone)
             assert torch.equal(head(features), plain)
     assert plain.dtype == torch.float32
+
+
+def test_global_views_of_two_sizes_are_encoded_one_by_one() -> None:
+    """By a backbone that takes any; a ViT says which size it takes."""
+    config = {"name": "dino", "outputs": 8, "head_width": 8, "bottleneck": 4, "local_views": 0, "ibot": 0.0}
+    encoder = EncoderConfig(name="test_resnet", image_size=32, channels=1, positions="learned", init="timm")
+    objective = build_objective(
+        parse_objective(config), build_encoder(encoder, preprocessing_of(DataConfig(train="x"), encoder), 0)
+    )
+    views = tuple(torch.randn(4, 1, side, side, generator=torch.Generator().manual_seed(side)) for side in (32, 24))
+    found = objective(Batch(views, torch.arange(4), 0))
+    assert found.total.isfinite()
+    # Views of other images than the first's: what is taught of it must not change with the second.
+    other = objective(Batch((views[0], views[1].flip(0)), torch.arange(4), 0))
+    assert torch.allclose(found.watched["teacher"], other.watched["teacher"], atol=1e-6)
+    assert found.watched["teacher"].std(0).amax() > 1e-4
+    small = EncoderConfig(name="vit_tiny_patch16_224", image_size=32, channels=1, patch=8, width=16, depth=1, heads=2)
+    vit = build_objective(
+        parse_objective(config), build_encoder(small, preprocessing_of(DataConfig(train="x"), small), 0)
+    )
+    with pytest.raises(UsageError, match="images of shape"):
+        vit(Batch(views, torch.arange(4), 0))

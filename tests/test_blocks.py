@@ -135,3 +135,19 @@ def test_the_last_tokens_of_a_block_are_those_of_the_whole_block(count: int) -> 
         results.append([out, *torch.autograd.grad(out.pow(3).sum(), [x, *made.parameters()])])
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6 * one.abs().max().item())
+
+
+def test_long_sequences_keep_no_maps() -> None:
+    """Whose memory grows with the square of the tokens."""
+    x = torch.zeros(1, blocks.MOST_KEYS, 3, dtype=torch.bfloat16)
+    assert blocks.by_products(x) and not blocks.by_products(torch.cat([x, x[:, :1]], dim=1))
+
+
+def test_who_watches_attention_or_mlp_is_called() -> None:
+    config = EncoderConfig(image_size=16, patch=8, width=16, depth=2, heads=2)
+    encoder = build_encoder(config, preprocessing_of(DataConfig(train="x"), config), 0)
+    seen: list[str] = []
+    for name in ("attn", "mlp"):
+        getattr(encoder.blocks[1], name).register_forward_hook(lambda module, given, out, name=name: seen.append(name))
+    encoder.embed(torch.zeros(1, 3, 16, 16))
+    assert seen == ["attn", "mlp"]

@@ -52,7 +52,7 @@ def learned(small_fields: Fields, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             patch.setattr(MAE, "forward", poisoned)
             patch.setattr("selfsight.train.may_be_late", lambda *_: late)
             # Free memory may differ between two runs, and with it how many blocks are recomputed.
-            patch.setattr(switches, "free_bytes", lambda _: 2**40)
+            patch.setattr(switches, "free_memory", lambda _: 2**40)
             accelerator = join(recipe)
             assert accelerator.device.type == device
             parts = assemble(recipe, accelerator.device)

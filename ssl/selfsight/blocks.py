@@ -8,9 +8,12 @@ from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from selfsight.kept import linear_of_gelu, linear_of_norm, product_of_norm
+from selfsight.kept import linear_of_gelu, linear_of_norm, product_of_norm, unwatched
+
+MOST_KEYS = 1025  # 512 pixels in patches of 16, and a class token
 
 
 def attend(heads: int, *packed: Tensor) -> Tensor:
@@ -20,21 +23,24 @@ def attend(heads: int, *packed: Tensor) -> Tensor:
         packed: queries, keys and values side by side, (B, N, 3 heads d); or queries (B, M, heads d), and keys and values
             (B, N, 2 heads d).
     """
-    if by_products(packed[0]):
+    if by_products(packed[-1]):
         return _Products.apply(heads, *packed)
     q, k, v = (part for one in _by_head(packed, heads) for part in one)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def by_products(x: Tensor) -> bool:
-    """Whether attention is two products and a softmax, and not torch's fused kernel: on a CPU, in bf16.
+    """Whether attention is two products and a softmax, and not torch's fused kernel: on a CPU, in bf16, of keys (B, N, ...)
+    that are not too many.
 
     Forward and backward of ViT-S's heads of 64 took the fused kernel 5.3, 5.6, 2.8, 2.7, 2.3 and 2.3 times as long at 50,
     65, 197, 257, 577 and 1,025 tokens, heads of 32 7.2, 6.3, 2.9 and 2.7 times at the first four, forward alone 1.2 to 2.0
-    times (AVX-512 with bf16, one thread, torch 2.15); it never won. In fp32 it is the faster one, and on a GPU always.
+    times (AVX-512 with bf16, one thread, torch 2.15); the gain is gone at 1,569, and the maps, which are kept for the
+    backward pass, are then 350 MiB for each layer of a ViT-S with four clips. In fp32 it is the faster one, and on a GPU always.
     A rule, not a trial at start: a run that is resumed must add up in the same order.
     """
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[1] <= MOST_KEYS
+    return fits and not torch.compiler.is_compiling()
 
 
 def quicken(module: nn.Module) -> None:
@@ -75,7 +81,8 @@ class QuickBlock(Block):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, N, D): (B, N, D)."""
-        if attn_mask is not None or is_causal or type(self.attn) is not QuickAttention:
+        watched = not (unwatched(self.attn) and unwatched(self.mlp))
+        if attn_mask is not None or is_causal or type(self.attn) is not QuickAttention or watched:
             return super().forward(x, attn_mask, is_causal)
         x = x + self.drop_path1(self.ls1(self.attn.of_norm(self.norm1, x)))
         return x + self.drop_path2(self.ls2(mlp_of_norm(self.mlp, self.norm2, x)))
@@ -120,6 +127,7 @@ class _Products(torch.autograd.Function):
         return _side_by_side(torch.bmm(maps, v)[None], heads)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         maps, *parts = ctx.saved_tensors
         q, k, v = (part for one in parts for part in one)

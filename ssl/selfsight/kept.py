@@ -37,7 +37,7 @@ def linear_of(made: Tensor, weight: Tensor, bias: Tensor | None, make: Make, *pa
 def linear_of_norm(layer: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """`layer(norm(x))`, which keeps x alone where these are a plain linear layer and a layer norm."""
     made = norm(x)
-    if type(layer) is not nn.Linear or not _unwatched(layer):
+    if type(layer) is not nn.Linear or not unwatched(layer):
         return layer(made)
     return product_of_norm(made, layer.weight, layer.bias, norm, x)
 
@@ -45,7 +45,7 @@ def linear_of_norm(layer: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 def product_of_norm(made: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module, x: Tensor) -> Tensor:
     """`F.linear(made, weight, bias)` of `made`, which is `norm(x)`; keeps x alone where that is a layer norm."""
     fast = getattr(norm, "_fast_norm", False)  # timm's, which rounds first
-    if not isinstance(norm, nn.LayerNorm) or type(norm) not in NORMS or fast or not _unwatched(norm):
+    if not isinstance(norm, nn.LayerNorm) or type(norm) not in NORMS or fast or not unwatched(norm):
         return F.linear(made, weight, bias)
     shape, eps = norm.normalized_shape, norm.eps
     return linear_of(made, weight, bias, lambda x, w, b: F.layer_norm(x, shape, w, b, eps), x, norm.weight, norm.bias)
@@ -53,7 +53,7 @@ def product_of_norm(made: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.
 
 def linear_of_shared(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)` of an x that is kept once for several layers, and rounded anew by each."""
-    if type(layer) is not nn.Linear or not _unwatched(layer):
+    if type(layer) is not nn.Linear or not unwatched(layer):
         return layer(x)
     return linear_of(x, layer.weight, layer.bias, lambda x: x, x)
 
@@ -61,12 +61,12 @@ def linear_of_shared(layer: nn.Module, x: Tensor) -> Tensor:
 def linear_of_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     """`layer(act(x))`, which keeps x alone where these are a plain linear layer and a GELU."""
     made = act(x)
-    if type(layer) is not nn.Linear or type(act) is not nn.GELU or not (_unwatched(act) and _unwatched(layer)):
+    if type(layer) is not nn.Linear or type(act) is not nn.GELU or not (unwatched(act) and unwatched(layer)):
         return layer(made)
     return linear_of(made, layer.weight, layer.bias, act.forward, x)
 
 
-def _unwatched(module: nn.Module) -> bool:
+def unwatched(module: nn.Module) -> bool:
     """Whether no hook looks at it or changes what goes in, as those of sharded norms do."""
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 

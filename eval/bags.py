@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -170,6 +169,8 @@ def _chosen(train: Tensor, fit: Bags, labels: Tensor, classes: int) -> tuple[flo
 
 def macro_auc(shares: Tensor, truth: Tensor) -> float:
     """Area under the ROC curve, percent: each class against the rest, mean over the classes that are there and not alone."""
+    from sklearn.metrics import roc_auc_score
+
     told = [label for label in range(shares.shape[1]) if 0 < int((truth == label).sum()) < len(truth)]
     return 100 * float(np.mean([roc_auc_score(truth == label, shares[:, label]) for label in told]))
 

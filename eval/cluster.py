@@ -5,8 +5,6 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from selfsight import keyed
@@ -43,6 +41,8 @@ def cluster(features: Tensor, labels: Tensor, clusters: int | None = None, seeds
         UsageError: labels lacking or lists, one class, fewer than two clusters, more clusters than samples.
         NumericError: features that are not finite or have length zero.
     """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     one_label(labels)
     check_features("test", features, labels)
     check_labels("test", labels)
@@ -87,6 +87,8 @@ def matched(clusters: Tensor, labels: Tensor) -> Tensor:
 
     Clusters and classes are paired one to one so that the most samples agree.
     """
+    from scipy.optimize import linear_sum_assignment
+
     counts = np.zeros((int(clusters.max()) + 1, int(labels.max()) + 1), np.int64)
     np.add.at(counts, (clusters.numpy(), labels.numpy()), 1)
     rows, columns = linear_sum_assignment(counts, maximize=True)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -102,6 +101,8 @@ def fit_logistic(
             softmax regression.
         start: weights to start from; zeros if None.
     """
+    from scipy.optimize import minimize
+
     device = own_device()
     features, targets = features.to(device), targets.to(device)
     penalty = (2.0 if targets.shape[1] == 2 and not lists else 1.0) / (strength * len(features))

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from selfsight.errors import NumericError, UsageError
@@ -23,6 +22,8 @@ def outcomes(answers: Sequence[Tensor], labels: Tensor, protocol: str, chosen: M
         UsageError: no class is there both with and without, or scores of another shape.
         NumericError: a score that is not finite.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     truth, told = labels.numpy(), rankable(labels)
     made: dict[str, list[np.ndarray]] = {"mAP": [], "AUC": []}
     for scores in answers:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,6 +54,8 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
         scores: (N, C), larger for likelier; any monotonous scale.
         labels: (N, C) bool.
     """
+    from sklearn.metrics import average_precision_score
+
     truth, given = labels.numpy(), scores.numpy()
     return float(np.mean([average_precision_score(truth[:, c], given[:, c]) for c in rankable(labels)]))
 

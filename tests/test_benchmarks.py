@@ -122,6 +122,7 @@ def test_one_object_says_what_was_compared(
     assert 0.7 * each["transformers"]["flops"] < each["selfsight"]["flops"] <= each["transformers"]["flops"]
 
 
+@pytest.mark.slow  # two processes and the machine's peak; what they report has tests of its own
 def test_processes_take_turns_and_end() -> None:
     command = [
         sys.executable,

@@ -77,6 +77,12 @@ def test_importing_the_package_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_run_starts_without_what_only_scoring_needs() -> None:
+    """scikit-learn, scipy and pandas take more than a second to import."""
+    code = "import sys, selfsight.train; assert not {'sklearn', 'scipy', 'pandas', 'transformers', 'onnx'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_public_name_is_there() -> None:
     for name in selfsight.__all__:
         assert callable(getattr(selfsight, name))

@@ -7,8 +7,6 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -134,6 +132,8 @@ def agreement(bank: Bank) -> str:
 
 def map_charts(bank: Bank) -> list[Chart]:
     """Maps of the bank: PCA, and t-SNE or, where it is installed, UMAP; none of a few points, or of collapsed features."""
+    from sklearn.decomposition import PCA
+
     if len(bank.ids) < FEWEST_MAPPED or bool((bank.vectors - bank.vectors[0]).abs().max() < COLLAPSED):
         return []
     every = -(-len(bank.ids) // MAPPED)
@@ -152,6 +152,9 @@ def map_charts(bank: Bank) -> list[Chart]:
 
 def curved_map(vectors: NDArray[np.float64]) -> tuple[str, NDArray[np.float64], str]:
     """UMAP if umap-learn is installed, else t-SNE (van der Maaten, Hinton 2008); one thread, so that it is the same again."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     with threadpool_limits(1):
         if find_spec("umap"):
             import umap  # an addition of the user's own

@@ -15,6 +15,7 @@ from conftest import contend
 
 from selfsight import checkpoint
 from selfsight.errors import StorageError, UsageError
+from selfsight.optim import make_moments
 from selfsight.run_folder import LOCK, RunLock, cut_lines_after, differences, read_lines, this_process
 
 
@@ -146,6 +147,7 @@ def test_the_optimizer_goes_round() -> None:
     packed = {key: value.clone() for key, value in checkpoint.pack_optimizer(optimizer, names).items()}
     assert set(packed) == {f"{p}/{m}" for p in ("weight", "bias") for m in ("step", "exp_avg", "exp_avg_sq")}
     fresh = torch.optim.AdamW(model.parameters(), fused=True)
+    make_moments(fresh)
     checkpoint.unpack_optimizer(fresh, names, packed)
     assert all(
         torch.equal(a, b)
@@ -153,6 +155,8 @@ def test_the_optimizer_goes_round() -> None:
     )
     with pytest.raises(StorageError, match="knows 'other', which this run does not train"):
         checkpoint.unpack_optimizer(fresh, names, {"other/step": torch.tensor(1.0)})
+    with pytest.raises(StorageError, match=r"bias/exp_avg has shape \[1\], this run's has \[2\]"):
+        checkpoint.unpack_optimizer(fresh, names, {"bias/exp_avg": torch.ones(1)})
 
 
 # -- the run folder

@@ -12,7 +12,7 @@ from selfsight.encoder import build_encoder, preprocessing_of
 from selfsight.errors import UsageError
 from selfsight.objectives import build_objective
 from selfsight.objectives.configs import MAEConfig
-from selfsight.optim import build_optimizer, lr_at, move_average, set_rates, weight_decay_at
+from selfsight.optim import build_optimizer, lr_at, make_moments, move_average, set_rates, weight_decay_at
 from selfsight.recipe import DataConfig, EncoderConfig, OptimConfig
 
 ENCODER = EncoderConfig(image_size=8, channels=1, patch=2, width=16, depth=3, heads=2, registers=1)
@@ -142,3 +142,22 @@ def test_adamw_is_fused_where_the_device_has_it() -> None:
         optimizer = build_optimizer(objective.to(device), encoder, OptimConfig())
         found += [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
     assert found == [(True, None)] * 2 + [(None, True)] * 2
+
+
+@pytest.mark.parametrize("kernel", ["fused", "foreach"])
+def test_moments_that_are_made_early_are_those_of_the_first_step(kernel: str) -> None:
+    early, late = (nn.Linear(3, 2), nn.Linear(3, 2))
+    late.load_state_dict(early.state_dict())
+    first, second = (torch.optim.AdamW(module.parameters(), lr=0.1, **{kernel: True}) for module in (early, late))
+    make_moments(first)
+    assert all(not moment.any() for state in first.state.values() for moment in state.values())
+    for _ in range(3):
+        for module, optimizer in ((early, first), (late, second)):
+            module(torch.arange(6.0).view(2, 3)).square().sum().backward()
+            optimizer.step()
+    for own, other in zip(early.parameters(), late.parameters(), strict=True):
+        assert torch.equal(own, other)
+        assert first.state[own].keys() == second.state[other].keys()
+        for key, value in second.state[other].items():
+            made = first.state[own][key]
+            assert torch.equal(made, value) and (made.dtype, made.device) == (value.dtype, value.device)

@@ -228,18 +228,21 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], packed: Tensors) -> None:
-    """The inverse of `pack_optimizer`.
+    """The inverse of `pack_optimizer`, for an optimizer that `make_moments` was given.
 
     Raises:
-        StorageError: a tensor that no parameter of this run has.
+        StorageError: a tensor that no parameter of this run has, or of another shape.
+        KeyError: a moment that the optimizer does not have.
     """
     parameters = {name: parameter for parameter, name in names.items()}
     for key, value in packed.items():
         name, _, moment = key.rpartition("/")
         if name not in parameters:
             raise StorageError(f"the checkpoint's optimizer knows {name!r}, which this run does not train")
-        # AdamW keeps its step count beside fused parameters on their device.
-        optimizer.state[parameters[name]][moment] = beside(value, parameters[name])
+        own = optimizer.state[parameters[name]][moment]
+        if own.shape != value.shape:  # else it would be spread over the moments
+            raise StorageError(f"the checkpoint's {key} has shape {[*value.shape]}, this run's has {[*own.shape]}")
+        own.copy_(beside(value, parameters[name]))
 
 
 def _refuse_nonfinite(tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -1,8 +1,8 @@
 """The decoder's blocks against torch.nn.MultiheadAttention and explicit steps, in loss and gradients.
 
 Mutations that these tests caught when they were tried: keys and values swapped, no scale, the residual dropped, the norms
-swapped, queries that attend to themselves too, the memory without prefix tokens or without positions, queries of the
-wrong places, positions of visible patches in grid order, the last norm left out.
+swapped, queries that attend to themselves too, queries of the wrong places, the last norm left out; sums of the encoder's
+blocks with their weights transposed, without the last norm, or the same one for all blocks of the decoder.
 """
 
 from typing import Any
@@ -28,12 +28,14 @@ def shake(module: nn.Module) -> None:
 
 def reference(block: Any, x: Tensor, memory: Tensor) -> Tensor:
     """A cross-attention block by torch's own multi-head attention, whose weights are the block's."""
-    width, attn = x.shape[-1], block.attn
+    width, attn, seen_by = x.shape[-1], block.attn, block.norm_memory
+    memory = F.layer_norm(memory, memory.shape[-1:], seen_by.weight, seen_by.bias, 1e-6)
     queries = F.layer_norm(x, (width,), block.norm1.weight, block.norm1.bias, 1e-6)
     seen, _ = F.multi_head_attention_forward(
         queries.transpose(0, 1), memory.transpose(0, 1), memory.transpose(0, 1), width, attn.heads,
-        torch.cat([attn.q.weight, attn.kv.weight]), torch.cat([attn.q.bias, attn.kv.bias]),
-        None, None, False, 0.0, attn.proj.weight, attn.proj.bias, need_weights=True,
+        None, torch.cat([attn.q.bias, attn.kv.bias]),
+        None, None, False, 0.0, attn.proj.weight, attn.proj.bias, need_weights=True, use_separate_proj_weight=True,
+        q_proj_weight=attn.q.weight, k_proj_weight=attn.kv.weight[:width], v_proj_weight=attn.kv.weight[width:],
     )  # fmt: skip
     x = x + seen.transpose(0, 1)
     normed = F.layer_norm(x, (width,), block.norm2.weight, block.norm2.bias, 1e-6)
@@ -43,10 +45,10 @@ def reference(block: Any, x: Tensor, memory: Tensor) -> Tensor:
 
 
 def test_a_cross_block_is_torchs_multi_head_attention() -> None:
-    block = CrossBlock(16, 4)
+    block = CrossBlock(16, 4, 24)
     shake(block)
     generator = torch.Generator().manual_seed(1)
-    x, memory = (torch.randn(3, n, 16, generator=generator, requires_grad=True) for n in (5, 7))
+    x, memory = (torch.randn(3, *n, generator=generator, requires_grad=True) for n in ((5, 16), (7, 24)))
     outputs, gradients = [], []
     for run in (block, lambda x, memory: reference(block, x, memory)):
         out = run(x, memory)
@@ -60,18 +62,19 @@ def test_a_cross_block_is_torchs_multi_head_attention() -> None:
 
 def rebuilt(objective: MAE, images: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
     """What a cross-attention decoder predicts of these hidden patches, patch by patch, from the encoder's tokens."""
+    given: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda _, __, x: given.append(x)) for block in objective.encoder.blocks]
     tokens = objective.encoder(images, keep=keep)
+    for hook in hooks:
+        hook.remove()
+    given[-1] = torch.cat([tokens.prefix, tokens.patches], dim=1)
     prefix, rows = tokens.prefix.shape[1], []
     for image in range(len(images)):
-        places = [*range(prefix), *(prefix + patch for patch in keep[image].tolist())]
-        seen = torch.cat([tokens.prefix[image], tokens.patches[image]])
-        memory = torch.stack(
-            [objective.embed(token) + objective.positions[place] for token, place in zip(seen, places, strict=True)]
-        )
         for patch in hidden[image].tolist():
             query = (objective.mask_token + objective.positions[prefix + patch])[None, None]
-            for block in objective.blocks:
-                query = reference(block, query, memory[None])
+            for block, weights in zip(objective.blocks, objective.mixture.weight, strict=True):
+                memory = sum(weight * x[image] for weight, x in zip(weights, given, strict=True))
+                query = reference(block, query, memory[None])  # type: ignore[index]
             rows.append(objective.predict(objective.norm(query))[0, 0])
     return torch.stack(rows).view(*hidden.shape, -1)
 
@@ -100,9 +103,9 @@ def test_all_hidden_patches_can_be_rebuilt_and_a_part_is_the_same() -> None:
     keep, hidden = objective.mask(batch)
     assert hidden.shape == (2, 12)
     with torch.no_grad():
-        tokens = objective.encoder(batch.views[0], keep=keep)
-        whole = objective.decode(tokens, keep, hidden)
-        part = objective.decode(tokens, keep, hidden[:, 3:7])
+        given = objective.encode(batch.views[0], keep)
+        whole = objective.decode(given, keep, hidden)
+        part = objective.decode(given, keep, hidden[:, 3:7])
     assert torch.allclose(whole[:, 3:7], part, atol=1e-5)
 
 

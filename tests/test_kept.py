@@ -149,20 +149,3 @@ def test_what_was_changed_in_between_is_an_error_and_not_another_gradient() -> N
         x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         made.sum().backward()
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_of_a_shared_input_every_layer_has_the_plain_gradients(half: bool) -> None:
-    torch.manual_seed(0)
-    layers = nn.ModuleList(nn.Linear(WIDTH, 5) for _ in range(2))
-
-    def shared(layer: Callable[[nn.Module, Tensor], Tensor]) -> Run:
-        def run(x: Tensor) -> Tensor:
-            x = x * 1  # autocast would round a leaf once for all
-            return layer(layers[0], x) + layer(layers[1], x)
-
-        return run
-
-    ours = [value.clone() for value in passed(layers, half, shared(kept.linear_of_shared))]
-    layers.zero_grad()
-    assert same(ours, passed(layers, half, shared(lambda layer, x: layer(x))))

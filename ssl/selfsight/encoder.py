@@ -209,7 +209,7 @@ class Encoder(nn.Module):
         shown = self._shown(channels)
         if not self.plain:
             if keep is not None or (mask is not None and not self.hierarchical):
-                raise UsageError(f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model")
+                raise UsageError(self._cannot_drop())
             return self._as_tokens(self._dense(images, mask, mask_token))
         first, rope = self.begin(images, keep, mask, mask_token, any_size, shown)
         last = first
@@ -235,6 +235,9 @@ class Encoder(nn.Module):
         x, rope = self._add_positions(x, keep, grid, shown)
         return self.backbone.norm_pre(x), rope
 
+    def _cannot_drop(self) -> str:
+        return f"{type(self.backbone).__name__} cannot drop or mask patches; choose a vit_* model"
+
     def _steps(self, x: Tensor, rope: Tensor | None) -> Iterator[tuple[int, Tensor]]:
         """The number of each block, and the tokens after it."""
         for depth, block in enumerate(self.blocks):
@@ -244,6 +247,18 @@ class Encoder(nn.Module):
             else:
                 x = block(x, **extra)
             yield depth, x
+
+    def after_blocks(self, images: Tensor, keep: Tensor, draw: Draw | None = None) -> list[Tensor]:
+        """Tokens (B, P + K, D) after each block, of the patches `keep` (B, K) alone; those of the last through the last norm.
+
+        Raises:
+            UsageError: a backbone that cannot leave patches out.
+        """
+        if not self.plain:
+            raise UsageError(self._cannot_drop())
+        self._draw_drop_paths(images, draw)
+        *others, (_, last) = self._steps(*self.begin(images, keep))
+        return [*(x for _, x in others), self.backbone.norm(last)]
 
     def normed(self, x: Tensor) -> Tokens:
         """What comes out of a block (B, T, D), through the last norm."""

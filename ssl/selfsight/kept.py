@@ -51,13 +51,6 @@ def product_of_norm(made: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.
     return linear_of(made, weight, bias, lambda x, w, b: F.layer_norm(x, shape, w, b, eps), x, norm.weight, norm.bias)
 
 
-def linear_of_shared(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` of an x that is kept once for several layers, and rounded anew by each."""
-    if type(layer) is not nn.Linear or not unwatched(layer):
-        return layer(x)
-    return linear_of(x, layer.weight, layer.bias, lambda x: x, x)
-
-
 def linear_of_gelu(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     """`layer(act(x))`, which keeps x alone where these are a plain linear layer and a GELU."""
     made = act(x)

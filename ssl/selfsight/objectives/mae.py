@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from selfsight.data.placer import Batch
+from selfsight.drop_path import Draw
 from selfsight.encoder import Encoder, Tokens, take
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import MAEConfig
-from selfsight.objectives.decoder import decoder_blocks
+from selfsight.objectives.decoder import Mixture, decoder_blocks
 from selfsight.objectives.masks import in_every_plane, random_masking, split_patches
 from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
 from selfsight.positions import sincos
+
+Encoded = Tokens | list[Tensor]  # for `self`, for `cross`
 
 
 class MAE(Objective):
@@ -41,9 +44,12 @@ class MAE(Objective):
             raise UsageError(
                 f"objective.decoder_width: {width} must be a multiple of 4 and of the {config.decoder_heads} heads"
             )
-        self.embed = nn.Linear(encoder.width, width)
+        if config.decoder == "cross":
+            self.mixture = Mixture(len(encoder.blocks), config.decoder_depth)
+        else:
+            self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.blocks = decoder_blocks(config)
+        self.blocks = decoder_blocks(config, encoder.width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.targets = 2 if config.edges else 1
         self.predict = nn.Linear(width, self.targets * encoder.patch_values)
@@ -59,7 +65,7 @@ class MAE(Objective):
         """The distance over the pixels of hidden patches (equation in section 3, "Reconstruction target")."""
         images = batch.views[0]
         keep, hidden = self.mask(batch)
-        predicted = self.decode(self.encoder(images, keep=keep, draw=batch.uniform), keep, hidden).float()
+        predicted = self.decode(self.encode(images, keep, batch.uniform), keep, hidden).float()
         predicted, *edges = predicted.chunk(self.targets, dim=-1)
         target = self.target(images, hidden)
         loss = self.distance(predicted, target, images, hidden)
@@ -98,17 +104,24 @@ class MAE(Objective):
         rebuilt = patches.scatter(1, hidden[..., None].expand_as(predicted), predicted)
         return self.encoder.unpatchify(rebuilt)
 
-    def decode(self, tokens: Tokens, keep: Tensor, hidden: Tensor) -> Tensor:
-        """Pixels of the hidden patches (B, M, C p p) from the encoder's tokens of the visible ones."""
+    def encode(self, images: Tensor, keep: Tensor, draw: Draw | None = None) -> Encoded:
+        """What the decoder is given of the visible patches `keep` (B, K)."""
+        if self.config.decoder == "cross":
+            return self.encoder.after_blocks(images, keep, draw)
+        return self.encoder(images, keep=keep, draw=draw)
+
+    def decode(self, given: Encoded, keep: Tensor, hidden: Tensor) -> Tensor:
+        """Pixels of the hidden patches (B, M, C p p) from what `encode` gave of the visible ones."""
         prefix = self.encoder.prefix_tokens
         places = self.positions[prefix:].expand(len(keep), -1, -1)
+        masked = self.mask_token + take(places, hidden)
+        if not isinstance(given, Tokens):
+            for block, seen in zip(self.blocks, self.mixture(given), strict=True):
+                masked = block(masked, seen)
+            return self.predict(self.norm(masked))
+        tokens = given
         visible = self.embed(torch.cat([tokens.prefix, tokens.patches], dim=1))
         visible = visible + torch.cat([self.positions[:prefix].expand(len(keep), -1, -1), take(places, keep)], dim=1)
-        masked = self.mask_token + take(places, hidden)
-        if self.config.decoder == "cross":
-            for block in self.blocks:
-                masked = block(masked, visible)
-            return self.predict(self.norm(masked))
         x = torch.cat([visible, masked.to(visible.dtype)], dim=1)
         *blocks, last = self.blocks
         for block in blocks:
@@ -126,7 +139,7 @@ class MAE(Objective):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The image, what the encoder saw of it, and what the decoder made of that."""
         images, (keep, hidden) = batch.views[0], self.mask(batch)
-        predicted = self.decode(self.encoder(images, keep=keep), keep, hidden).float().chunk(self.targets, dim=-1)[0]
+        predicted = self.decode(self.encode(images, keep), keep, hidden).float().chunk(self.targets, dim=-1)[0]
         patches = self.encoder.patchify(images)
         seen = patches * torch.zeros_like(patches[..., :1]).scatter(1, keep[..., None], 1.0)
         return {

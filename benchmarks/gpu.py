@@ -400,7 +400,14 @@ def section(made: dict[str, Any]) -> str:
     ]
     for name, part in made["parts"].items():
         if not name.startswith("step.") and name != "shards":
-            lines += ["", f"`{' '.join(part['command'][1:])}`", "", "```", told_shortly(part["result"]), "```"]
+            lines += [
+                "",
+                f"`{' '.join(part['command'][1:])}`",
+                "",
+                "```",
+                told_shortly(part["result"] or part["stderr"]),
+                "```",
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -316,6 +316,7 @@ def test_parts_are_kept_and_one_that_fails_stops_nothing(
     python = sys.executable
     parts = [
         gpu.Part("step.a.ours", (python, "-c", "raise SystemExit(3)"), 20),
+        gpu.Part("nvjpeg", (python, "-c", "raise SystemExit('no such decoder')"), 20),
         gpu.Part("scaling", (python, "-c", "print('words'); print('{\"rows\": 1}')"), 20),
         gpu.Part("tests", (python, "-c", "import time; time.sleep(60)"), 0.5),
         gpu.Part("bench.cut", (python, "-c", "import time; time.sleep(60)"), 60),
@@ -342,6 +343,7 @@ def test_parts_are_kept_and_one_that_fails_stops_nothing(
     assert json.loads((tmp_path / "scaling.json").read_text())["result"] == {"rows": 1}
     page = (tmp_path / "RESULTS.md").read_text()
     assert "| bench.a | 2,345 | 0.04 | 1,200 | data | 12.3% | 2.0 |" in page
+    assert "no such decoder" in page  # what a part that fails has said
     assert "| scaling | done |" in page and "## On a GPU" in page
     before = (tmp_path / "scaling.json").read_text()
     gpu.main()

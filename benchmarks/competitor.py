@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TextIO
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -19,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from works import Missing, Training, imported
 
+from selfsight.footprint import forget_peak, peak_memory
 from selfsight.speed import count_flops, synchronize
 
 ROUND = 0.25  # seconds that a round lasts at least: a shorter step is taken several times
@@ -46,31 +46,13 @@ def described(training: Training) -> dict[str, Any]:
     return {"flops": flops, "attention": attention or None, "parameters": training.parameters, "note": training.note}
 
 
-def resident(field: str) -> int:
-    """Bytes of this process's memory by /proc (VmRSS: now, VmHWM: the most since it was reset)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-class Memory:
-    """The most memory that steps take: on a GPU of its allocator, on a CPU what is resident above the imports."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.base = resident("VmRSS:") if device.type == "cpu" and Path("/proc/self/clear_refs").exists() else None
-
-    def of(self, step: Callable[[], object]) -> int | None:
-        """Bytes, of a step that comes after others; None where there is no way to know."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            step()
-            synchronize(self.device)
-            return torch.cuda.max_memory_allocated(self.device)
-        if self.base is None:
-            return None
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-        step()
-        return resident("VmHWM:") - self.base
+def peak_of(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes: the most that was taken while it ran, on a GPU of its allocator, on a CPU of what is resident."""
+    synchronize(device)  # which also wakes the allocator, that has no peak to forget before
+    forget_peak(device)
+    step()
+    synchronize(device)
+    return peak_memory(device)
 
 
 def seconds(step: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
@@ -93,7 +75,7 @@ def serve(spec: dict[str, Any], out: TextIO) -> None:
     device = torch.device(spec["device"])
     try:
         make = imported(spec)
-        memory = Memory(device)
+        before = peak_of(lambda: None, device)  # what the imports take
         training = make()
     except Missing as missing:
         tell({"skipped": str(missing)})
@@ -107,7 +89,7 @@ def serve(spec: dict[str, Any], out: TextIO) -> None:
     tell(facts)
     for line in sys.stdin:
         if line.strip() == "memory":
-            tell({"peak_memory": memory.of(training.step)})
+            tell({"peak_memory": peak_of(training.step, device) - before})
         else:
             wall, cpu = seconds(training.step, device, repeats)
             tell({"wall": wall, "cpu": cpu})

@@ -1,16 +1,20 @@
-"""Everything that wants a machine with a GPU, in one command: tests, speed against peers, compile, MFU, bench, scaling, CIFAR-10.
+"""Everything that wants a machine with a GPU, in one command: tests, speed against peers, compile, MFU, bench, the loop, scaling, CIFAR-10.
 
 python benchmarks/gpu.py --out gpu-results                                what needs nothing but this checkout
 python benchmarks/gpu.py --out gpu-results --peers-at DIR --data DIR --cifar10 TRAIN TEST        all of it
 python benchmarks/gpu.py --dry-run                                        the plan, on any machine
 
-Parts run in order. Each is bounded and leaves OUT/PART.json; a part that is there is not run again (--again PART does), so a
+Two views of ViT-S/16 (imagenet/vicreg-s16) are timed end to end from storage (bench.disk: the page cache is made to forget the
+shards) and from memory (bench.memory: JPEGs in the page cache, decoded by workers; bench.memory-device: by nvJPEG); bench.compile
+reads the shards as the page cache has them. `loop` is what training costs beside the bare step.
+
+Parts run in order, the tests first. Each is bounded and leaves OUT/PART.json; a part that is there is not run again (--again PART does), so a
 call that ended early goes on with the same command. `--budget SECONDS` ends the call; a part that it cuts short leaves nothing
-and is run again by the next one. A part that fails or lacks something is reported, and the others run. OUT/results.json and
-OUT/RESULTS.md, a section for benchmarks/RESULTS.md, are written after every part.
+and is run again by the next one. A part that fails or lacks something is reported, and the others run; without a GPU none does,
+and the exit code is 2. OUT/results.json and OUT/RESULTS.md, a section for benchmarks/RESULTS.md, are written after every part.
 
 --peers-at   a folder with clones named mae, SimMIM, vicreg and solo-learn; those that are not there are left out
---data       shards or a folder of JPEG shards for `selfsight bench`; without it 2,000 synthetic photographs are made
+--data       shards or a folder of JPEG shards for `selfsight bench` and the loop; without it 2,000 synthetic photographs are made
 --cifar10    what benchmarks/cifar10.py takes; its runs are kept in OUT and go on where they were
 """
 
@@ -26,7 +30,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from works import REPOSITORIES, WORKS
 
@@ -55,9 +60,31 @@ SWITCHES = {  # of `selfsight bench`
     "graphs": (*COMPILE, "--train.cuda_graphs", "true"),
     "recomputed": (*COMPILE, "--train.checkpoint_blocks", "true"),
     "kept": (*COMPILE, "--train.checkpoint_blocks", "false"),
-    "synthetic": (*COMPILE, "--synthetic"),  # 64 JPEGs, always in the page cache: decoding without storage
+    "disk": COMPILE,  # under cold.py
+    "memory": (*COMPILE, "--synthetic"),  # 64 JPEGs, always in the page cache: decoding without storage
+    "memory-device": (*COMPILE, "--synthetic", "--data.decode", "device"),
 }
-FIRST = ("tests", "step.mae.ours", "step.mae.both", "step.mae-large.ours", "shards", "bench.plain", "bench.compile")
+LOOP = ("--device", "cuda", "--loop", "401", "--json")
+UNLABELLED = ("--unlabelled", "--batch", "256")
+LOOPS = {  # of overhead.py: after `{data}` the recipe, from the longest step to one so short that the host cannot keep up
+    "vicreg-s16": ("{data}", "--recipe", "imagenet/vicreg-s16", *UNLABELLED),
+    "mae-s16": ("{data}", "--recipe", "imagenet/mae-s16", *UNLABELLED),
+    "digits": ("digits:train", "--recipe", "digits/mae"),
+}
+FIRST = (
+    "tests.gpu",
+    "step.mae.ours",
+    "step.mae.both",
+    "step.mae-large.ours",
+    "shards",
+    "nvjpeg",
+    "bench.compile",
+    "bench.memory",
+    "bench.memory-device",
+    "bench.disk",
+    "loop.vicreg-s16",
+    "bench.plain",
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,8 @@ class Part:
     seconds: float
     needs: tuple[str, ...] = ()
     """Modules without which it cannot run."""
+    after: tuple[str, ...] = ()
+    """Parts that must have been done."""
     gpus: int = 1
     resumable: bool = False
     """Whether the same command goes on after it was ended."""
@@ -122,12 +151,14 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.out = options.out.resolve()
     groups = sorted({part.group for part in plan(options)})
+    if not options.dry_run and not gpus():
+        parser.exit(2, "gpu.py: torch sees no GPU; --dry-run shows the plan on any machine\n")
     options.only = [name for name in (options.only or "").split(",") if name]
     if unknown := [name for name in options.only if name not in groups]:
         parser.error(f"--only: no {', '.join(unknown)}; there are {', '.join(groups)}")
     for part in plan(options):
         if not options.dry_run and {part.name, part.group} & {*options.again}:
-            file_of(part, options).unlink(missing_ok=True)
+            file_of(part.name, options).unlink(missing_ok=True)
     return options
 
 
@@ -140,7 +171,10 @@ def plan(options: argparse.Namespace) -> list[Part]:
         if options.peers_at and (options.peers_at / CLONES[name]).is_dir()
         for word in (f"--{name}", str((options.peers_at / CLONES[name]).resolve()))
     ]
-    parts = [Part("tests", (python, "-m", "pytest", "-q", *tests_of_gpus()), 300, ("pytest",))]
+    parts = [
+        Part(f"tests.{path.stem.removeprefix('test_')}", (python, "-m", "pytest", "-q", str(path)), 300, ("pytest",))
+        for path in tests_of_gpus()
+    ]
     for compiled in ("ours", "both", "none"):
         for work in WORKS:
             words = (
@@ -161,16 +195,26 @@ def plan(options: argparse.Namespace) -> list[Part]:
                 parts.append(
                     Part(f"step.{work}.{compiled}", (python, str(HERE / "step.py"), *words), 300, ("accelerate",))
                 )
-    data, made = options.data or str(out / "photographs" / "shards"), out / "photographs"
+    data, made = options.data or str(out / "photographs"), out / "photographs"
+    shards = () if options.data else ("shards",)
     if not options.data:
         parts.append(
             Part("shards", (python, str(HERE / "photographs.py"), str(made), str(PHOTOGRAPHS)), 120, ("webdataset",))
         )
+    parts.append(Part("nvjpeg", (python, str(HERE / "nvjpeg.py")), 60, ("torchcodec",)))
     for name, words in SWITCHES.items():
+        cold = (python, str(HERE / "cold.py"), data, "--") if name == "disk" else ()
         bench = ("bench", str(ROOT / "recipes" / "imagenet" / "vicreg-s16.yaml"), "--data.train", data, "--json")
         batch = ("--train.batch_size", "256", *evaluation_off(), *words)
+        # Without nvJPEG the device's decoding falls back to Pillow, one image after the other.
+        after = (*(() if "--synthetic" in words else shards), *(("nvjpeg",) if "device" in words else ()))
+        needs = ("webdataset", "faiss", "sklearn")
+        parts.append(Part(f"bench.{name}", (*cold, python, "-m", "selfsight", *bench, *batch), 240, needs, after))
+    for name, words in LOOPS.items():
+        command = (python, str(HERE / "overhead.py"), *(word.format(data=data) for word in words), *LOOP)
+        own = "{data}" in words
         parts.append(
-            Part(f"bench.{name}", (python, "-m", "selfsight", *bench, *batch), 240, ("webdataset", "faiss", "sklearn"))
+            Part(f"loop.{name}", command, 420, ("faiss",) if own else ("faiss", "sklearn"), shards if own else ())
         )
     scaling = (python, str(HERE / "scaling.py"), "--device", "cuda", "--parallel", "ddp,fsdp", "--json")
     parts.append(Part("scaling", scaling, 540, gpus=2))
@@ -179,12 +223,12 @@ def plan(options: argparse.Namespace) -> list[Part]:
         needs = ("webdataset", "faiss", "sklearn")
         parts.append(Part("cifar10", (python, str(HERE / "cifar10.py"), *words), 10 * 3600, needs, resumable=True))
     order = {name: number for number, name in enumerate(FIRST)}
-    return sorted(parts, key=lambda part: order.get(part.name, len(order)))
+    return sorted(parts, key=lambda part: (part.group != "tests", order.get(part.name, len(order))))
 
 
-def tests_of_gpus() -> list[str]:
+def tests_of_gpus() -> list[Path]:
     """The files with tests that skip themselves without a GPU: by their reason, since not every name says it."""
-    return [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if f'reason="{REASON}' in path.read_text()]
+    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if f'reason="{REASON}' in path.read_text()]
 
 
 def evaluation_off() -> tuple[str, ...]:
@@ -192,17 +236,26 @@ def evaluation_off() -> tuple[str, ...]:
     return "--eval.train", "null", "--eval.test", "null"
 
 
-def file_of(part: Part, options: argparse.Namespace) -> Path:
-    """Where its result is."""
-    return options.out / f"{part.name}.json"
+def file_of(name: str, options: argparse.Namespace) -> Path:
+    """Where the result of a part is."""
+    return options.out / f"{name}.json"
 
 
-def missing(part: Part) -> str:
+def result_of(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """What a part has left, if it has run."""
+    file = file_of(name, options)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def missing(part: Part, options: argparse.Namespace) -> str:
     """Why it cannot run here, or empty."""
     absent = [name for name in part.needs if find_spec(name) is None]
     if absent:
         return f"needs {', '.join(absent)}"
-    return "" if gpus() >= part.gpus else f"needs {part.gpus} GPU{'s' * (part.gpus > 1)}, torch sees {gpus()}"
+    if gpus() < part.gpus:
+        return f"needs {part.gpus} GPU{'s' * (part.gpus > 1)}, torch sees {gpus()}"
+    waits = [name for name in part.after if (result_of(name, options) or {"exit_code": 1})["exit_code"]]
+    return f"waits for {', '.join(waits)}" if waits else ""
 
 
 def gpus() -> int:
@@ -214,36 +267,52 @@ def gpus() -> int:
 
 def state(part: Part, options: argparse.Namespace) -> str:
     """done, to do, or why neither."""
-    if file_of(part, options).exists():
-        told = json.loads(file_of(part, options).read_text())
+    if told := result_of(part.name, options):
         return "done" if told["exit_code"] == 0 else f"failed with exit code {told['exit_code']}"
-    return missing(part) or "to do"
+    return missing(part, options) or "to do"
 
 
 def run(part: Part, options: argparse.Namespace, limit: float) -> None:
     """Run it, and keep what it said; one that was cut short by the budget, or can go on, leaves nothing."""
     print(f"{part.name}: begun, at most {limit:.0f} s", flush=True)
-    begun = time.monotonic()
+    begun, read = time.monotonic(), read_from_disks()
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'ssl'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    process = subprocess.Popen(
-        part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=limit)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        stop_group(process)
-        out, err = process.communicate()
-        code = 124
+    # Files and no pipes, which a lost child could hold open for ever.
+    with TemporaryFile() as out, TemporaryFile() as err:
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:
+            if process.poll() is None:  # also when this call is interrupted
+                stop_group(process)
+        told, complaints = said(out), said(err)
     seconds = round(time.monotonic() - begun, 1)
     print(f"{part.name}: exit code {code} after {seconds:.0f} s", flush=True)
     if code == 124 and (part.resumable or limit < part.seconds):
         return
     made = {"command": list(part.command), "date": now(), "seconds": seconds, "exit_code": code}
-    made |= {"result": parsed(out), "stderr": err[-4000:]}
-    partial = file_of(part, options).with_suffix(".partial")
+    made |= {"bytes_from_disks": None if read is None else (read_from_disks() or read) - read}
+    made |= {"result": parsed(told), "stderr": complaints[-4000:]}
+    partial = options.out / f"{part.name}.partial"
     partial.write_text(json.dumps(made, indent=1))
-    partial.replace(file_of(part, options))
+    partial.replace(file_of(part.name, options))
+
+
+def said(file: IO[bytes]) -> str:
+    """All that a part has written, whatever the bytes."""
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def read_from_disks() -> int | None:
+    """Bytes that this machine has read from its disks so far, as Linux tells; those of network file systems are not among them."""
+    file = Path("/proc/vmstat")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("pgpgin ")), None)
 
 
 def stop_group(process: subprocess.Popen[str]) -> None:
@@ -287,7 +356,7 @@ def about() -> dict[str, Any]:
             versions[name] = None
     names = [torch.cuda.get_device_name(number) for number in range(gpus())]
     return {
-        "hardware": names or f"no GPU; {os.cpu_count()} CPUs",
+        "hardware": names,
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "versions": versions,
@@ -296,9 +365,7 @@ def about() -> dict[str, Any]:
 
 def write(parts: list[Part], options: argparse.Namespace) -> None:
     """results.json and RESULTS.md of all that is done."""
-    told = {
-        part.name: json.loads(file_of(part, options).read_text()) for part in parts if file_of(part, options).exists()
-    }
+    told = {part.name: found for part in parts if (found := result_of(part.name, options))}
     states = {part.name: state(part, options) for part in parts}
     made = {"date": now(), **about(), "states": states, "parts": told}
     (options.out / "results.json").write_text(json.dumps(made, indent=1))
@@ -308,11 +375,10 @@ def write(parts: list[Part], options: argparse.Namespace) -> None:
 def section(made: dict[str, Any]) -> str:
     """A section for benchmarks/RESULTS.md."""
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items() if number)
-    names = made["hardware"] if isinstance(made["hardware"], str) else ", ".join(made["hardware"])
     lines = [
         f"## On a GPU ({made['date'][:10]})",
         "",
-        f"`python benchmarks/gpu.py`: {names}; CUDA {made['cuda']}, Python {made['python']}, {versions}.",
+        f"`python benchmarks/gpu.py`: {', '.join(made['hardware'])}; CUDA {made['cuda']}, Python {made['python']}, {versions}.",
         "",
     ]
     lines += [
@@ -322,6 +388,11 @@ def section(made: dict[str, Any]) -> str:
     for name, part in made["parts"].items():
         if name.startswith("step.") and isinstance(part["result"], dict):
             lines += step_rows(name, part["result"])
+    lines += ["", "| bench | images/s | spread | loader alone, images/s | bound by | MFU | GiB | MB from disks |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for name, part in made["parts"].items():
+        if name.startswith("bench.") and part["exit_code"] == 0:
+            lines.append(bench_row(name, part))
     lines += ["", "| part | state | seconds |", "|---|---|---|"]
     lines += [
         f"| {name} | {what} | {made['parts'].get(name, {}).get('seconds', '')} |"
@@ -329,7 +400,14 @@ def section(made: dict[str, Any]) -> str:
     ]
     for name, part in made["parts"].items():
         if not name.startswith("step.") and name != "shards":
-            lines += ["", f"`{' '.join(part['command'][1:])}`", "", "```", told_shortly(part["result"]), "```"]
+            lines += [
+                "",
+                f"`{' '.join(part['command'][1:])}`",
+                "",
+                "```",
+                told_shortly(part["result"] or part["stderr"]),
+                "```",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -349,6 +427,14 @@ def step_rows(name: str, result: dict[str, Any]) -> list[str]:
     return rows + [
         f"| {work} | {compiled} | {who} | skipped: {why} | | | | |" for who, why in result["skipped"].items()
     ]
+
+
+def bench_row(name: str, part: dict[str, Any]) -> str:
+    """A row for one call of `selfsight bench`."""
+    told, read = part["result"], part["bytes_from_disks"]
+    figures = [name, f"{told['images_per_second']:,.0f}", told["spread"], f"{told['loader']['images_per_second']:,.0f}"]
+    figures += [told["bound"], f"{told['mfu']:.1%}", f"{told['memory']['peak'] / 1024:.1f}"]
+    return f"| {' | '.join(map(str, figures))} | {'' if read is None else f'{read / 1e6:,.0f}'} |"
 
 
 def told_shortly(result: Any) -> str:

@@ -2,10 +2,12 @@
 
 python benchmarks/overhead.py [SHARDS] [--recipe NAME] --json          about a minute on 2 cores
 python benchmarks/overhead.py --loop 60 [--recipe NAME] --json         the whole loop against the bare step
+python benchmarks/overhead.py SHARDS --loop 401 --device cuda --recipe imagenet/mae-s16 --unlabelled --batch 256 --json
 
 A safeguard costs microseconds beside a step of milliseconds: on a machine whose runs differ by more than that, with and
 without cannot be told apart (tried: docs/log.md). So each safeguard is timed alone, in a loop, and set against the
-median of what it is a part of. CPU time of one thread; medians over the repeats, with their spread.
+median of what it is a part of. CPU time of one thread; medians over the repeats, with their spread. The loop on a GPU is
+timed by the wall, in blocks of steps that take turns with as many bare ones; there the figure has not been tried yet.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -27,13 +29,18 @@ from selfsight.assemble import Parts, assemble
 from selfsight.backward import Averaged
 from selfsight.collapse import EVERY
 from selfsight.data.loader import HostBatch
+from selfsight.data.placer import sent
 from selfsight.eval.online import watcher
+from selfsight.exports.card import hardware_of
 from selfsight.finite import BadSteps, Step, gradient_norm
 from selfsight.processes import join
 from selfsight.recipe import Recipe, load
 from selfsight.saver import on_the_cpu
+from selfsight.speed import synchronize
 from selfsight.train import train, update
 from selfsight.verdict import Verdicts
+
+UNLABELLED = {"eval.train": None, "eval.test": None}
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -103,44 +110,59 @@ def stepping(parts: Parts, repeats: int) -> dict[str, float]:
 
 
 class Resident:
-    """A few batches that lie in memory, in place of those that are read and decoded."""
+    """A few batches that lie in memory, in place of those that are read and decoded; for a GPU pinned, as a loader gives them."""
 
     item_bytes = 0
 
-    def __init__(self, batches: Any) -> None:
-        self.made = [batches[number] for number in range(4)]
+    def __init__(self, batches: Any, device: torch.device) -> None:
+        made = [batches[number] for number in range(4)]
+        if device.type == "cuda":
+            made = [host._replace(views=tuple(view.pin_memory() for view in host.views)) for host in made]
+        self.made = made
 
     def __getitem__(self, number: int) -> HostBatch:
         return self.made[number % len(self.made)]
 
 
-def looping(recipe: Recipe, steps: int) -> dict[str, float]:
-    """Of a step in `train`, at the cadence of the recipe, what is not the bare step: CPU time, and what goes on in between.
+def now(device: torch.device) -> float:
+    """Seconds: of a CPU this process's own, which other work disturbs least; of a GPU the wall's, once it has nothing left to do."""
+    synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def looping(recipe: Recipe, steps: int, block: int = 1) -> dict[str, Any]:
+    """Of a step in `train`, at the cadence of the recipe, what is not the bare step, and what goes on in between.
 
     Both learn from the same batches in memory, so that reading and decoding, which belong to the loader's processes, are
     in neither. The bare step is forward, backward, norm, clipping, AdamW and zero_grad. Lines, looks for collapse and
     progress are in the loop's figure; one save (the copy, for which training waits) and one online score are timed alone.
+
+    Args:
+        block: steps of the loop, and as many bare ones, that take turns. Between two blocks a GPU is waited for: within them it
+            may lag behind the host, as in a run, and what the host does meanwhile costs nothing.
     """
-    parts = assemble(recipe, torch.device("cpu"))
-    source, accelerator = Resident(parts.batches()), join(recipe)
-    place, backward = parts.placer(accelerator.device), Averaged(parts.objective, accelerator)
+    accelerator = join(recipe)
+    device = accelerator.device
+    parts = assemble(recipe, device)
+    source, place = Resident(parts.batches(), device), parts.placer(device)
+    backward = Averaged(parts.objective, accelerator)
     trained = [parameter for parameter in parts.objective.parameters() if parameter.requires_grad]
 
-    def bare(step: int) -> float:
-        started = time.process_time()
-        backward([source[step]], place)
+    def bare(step: int) -> None:
+        backward([sent(source[step], device)], place)
         update(parts, step, trained, gradient_norm(trained))
         parts.optimizer.zero_grad()
-        return time.process_time() - started
 
-    ticks: list[float] = []  # CPU time at each step's begin
-    alone: list[float] = []  # of bare steps, in turn with those of the loop
+    turns: list[tuple[float, float]] = []  # begin and end of the bare steps; those of the loop lie between two turns
 
     def tick(point: str, step: int | None = None) -> None:
-        if point == "learn":
-            ticks.append(time.process_time())
-        elif point == "update":  # in turn, so that both see the same machine
-            alone.append(bare(min(step or 0, steps - 1)))
+        if (
+            point == "learn" and step is not None and (step - 1) % block == 0
+        ):  # in turn, so that both see the same machine
+            begun = now(device)
+            for number in range(step - 1, step - 1 + block):
+                bare(number % steps)
+            turns.append((begun, now(device)))
 
     with (
         patch.object(Parts, "batches", lambda *_: source),
@@ -148,18 +170,23 @@ def looping(recipe: Recipe, steps: int) -> dict[str, float]:
         patch("selfsight.train.loader_workers", lambda _: 0),
     ):
         train(parts, accelerator)
-    pairs = zip(ticks[EVERY:], ticks[EVERY + 1 :], alone[EVERY:], strict=False)
-    shares = [(after - before - own) / own - 1 for before, after, own in pairs]
-    started = time.process_time()
+    warm = turns[-(-EVERY // block) :]  # after compiling, the first save and the looks of the first steps
+    alone = [end - begun for begun, end in warm]
+    shares = [(after - end) / own - 1 for (_, end), (after, _), own in zip(warm, warm[1:], alone, strict=False)]
+    started = now(device)
     parts.tensors(), on_the_cpu({f"{g}/{n}": t for g, m in parts.tensors().items() for n, t in m.items()})
-    saved = time.process_time() - started
+    saved = now(device) - started
     online = watcher(recipe.eval, parts.shards)
-    started = time.process_time()
-    online.score(parts.scored, accelerator.device)
-    scored, step_time = time.process_time() - started, median(alone)
+    started = now(device)
+    online.score(parts.scored, device)
+    scored, step_time = now(device) - started, median(alone) / block
     return {
+        "hardware": hardware_of(device),
+        "pairs": len(shares),
+        "steps_of_each": block,
         "bare_step_milliseconds": round(1e3 * step_time, 2),
         "loop_percent": round(100 * fmean(shares), 2),  # the mean: lines come every so many steps
+        "loop_percent_error": round(100 * stdev(shares) / len(shares) ** 0.5, 2),  # of that mean
         "loop_percent_median": round(100 * median(shares), 2),
         "save_copy_milliseconds": round(1e3 * saved, 1),
         "save_percent_at_cadence": round(100 * saved / step_time / recipe.train.save_every, 3),
@@ -168,32 +195,52 @@ def looping(recipe: Recipe, steps: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Print the cost of each safeguard."""
+def loop_of(options: argparse.Namespace) -> dict[str, Any]:
+    """`looping`, of the recipe that was asked for, in a run folder that is thrown away."""
+    with TemporaryDirectory() as folder:
+        given: dict[str, Any] = {
+            "run_dir": f"{folder}/run",
+            "data.train": options.shards,
+            "train.device": options.device,
+        }
+        given |= {"train.steps": options.loop, "train.epochs": None, "train.threads": 1}
+        given |= {"train.batch_size": options.batch} if options.batch else {}
+        given |= UNLABELLED if options.unlabelled else {}
+        Path(folder, "run").mkdir()
+        recipe = load(options.recipe, given)
+        # On a GPU a block is what lies between two lines, so that each has its share of what comes every so many steps.
+        block = recipe.train.log_every if options.device == "cuda" else 1
+        if options.loop < (least := 1 + block * (-(-EVERY // block) + 2)):
+            raise SystemExit(f"--loop: {least} steps at least, for two pairs")
+        return looping(recipe, options.loop, block)
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="?", default="digits:train")
     parser.add_argument("--recipe", default="digits/mae")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, help="images in a step (default: 64; with --loop the recipe's)")
     parser.add_argument("--loop", type=int, default=0, metavar="STEPS", help="time so many steps of the loop instead")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --loop (default: %(default)s)")
+    parser.add_argument("--unlabelled", action="store_true", help="with --loop: no evaluation that wants labels")
     parser.add_argument("--json", action="store_true", help="print one object")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
+    if options.device == "cuda" and not (options.loop and torch.cuda.is_available()):
+        parser.error("--device cuda: goes with --loop" if not options.loop else "--device cuda: torch sees no GPU")
+    return options
+
+
+def main() -> None:
+    """Print the cost of each safeguard."""
+    options = parse()
     torch.set_num_threads(1)
     if options.loop:
-        with TemporaryDirectory() as folder:
-            changed = {
-                "run_dir": f"{folder}/run",
-                "train.steps": options.loop,
-                "train.epochs": None,
-                "train.threads": 1,
-            }
-            Path(folder, "run").mkdir()
-            result = looping(load(options.recipe, changed | {"data.train": options.shards}), options.loop)
-        print(json.dumps(result, indent=1))
+        print(json.dumps(loop_of(options), indent=1))
         return
-    given = {"run_dir": "/nowhere", "data.train": options.shards, "train.batch_size": options.batch}
-    given |= {"eval.train": None, "eval.test": None}
+    given = UNLABELLED | {"run_dir": "/nowhere", "data.train": options.shards, "train.batch_size": options.batch or 64}
     parts = assemble(load(options.recipe, given), torch.device("cpu"))
     samples = min(options.samples, len(parts.shards))
     result = reading(parts, samples, options.repeats) | stepping(parts, options.repeats)

@@ -57,7 +57,7 @@ def _write(folder: Path, side: int, channels: int) -> None:
     large = side > SMALL
     size = PHOTOGRAPH if large else (side, side)
     write_shards(
-        (Sample(image) for image in _images(size, channels)),
+        (Sample(image) for image in images(DISTINCT, size, channels)),
         folder,
         "synthetic",
         Encoding(format="jpeg" if large else "png"),
@@ -67,9 +67,10 @@ def _write(folder: Path, side: int, channels: int) -> None:
     write_index(index_path(shard), np.tile(records, SAMPLES // DISTINCT), shard.stat().st_size)
 
 
-def _images(size: tuple[int, int], channels: int) -> Iterator[Image.Image]:
+def images(count: int, size: tuple[int, int] = PHOTOGRAPH, channels: int = 3) -> Iterator[Image.Image]:
+    """So many random images, the same ones every time."""
     rng = np.random.default_rng(0)
-    for _ in range(DISTINCT):
+    for _ in range(count):
         coarse = rng.integers(0, 256, (-(-size[1] // GRAIN), -(-size[0] // GRAIN), 3), np.uint8)
         smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
         noise = rng.normal(0, 9, (size[1], size[0], 3))

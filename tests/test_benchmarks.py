@@ -10,8 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import absent
+import cold
 import competitor
 import gpu
+import nvjpeg
+import overhead
 import paired
 import pytest
 import scaling
@@ -19,6 +22,7 @@ import step
 import torch
 import works
 from peers import common
+from PIL import Image
 
 BENCHMARKS = Path(step.__file__).parent
 TINY = {"image_size": 32, "patch": 8, "width": 32, "depth": 2, "heads": 2}
@@ -49,7 +53,7 @@ class InThisProcess:
         """A round, or the memory."""
         assert self.training
         if what == "memory":
-            return {"peak_memory": competitor.Memory(torch.device("cpu")).of(self.training.step)}
+            return {"peak_memory": competitor.peak_of(self.training.step, torch.device("cpu"))}
         wall, cpu = competitor.seconds(self.training.step, torch.device("cpu"), 1)
         return {"wall": wall, "cpu": cpu}
 
@@ -228,9 +232,15 @@ def test_fused_peers_are_explicit_too_where_fused_is_slow() -> None:
     assert step.rivals_of(works.WORKS["mae"], options, "bf16") == ["lightly"]
 
 
+BENCH = {  # as `selfsight bench --json` has them
+    "images_per_second": 2345.1, "spread": 0.04, "loader": {"images_per_second": 1200.4}, "bound": "data", "mfu": 0.123,
+    "memory": {"peak": 2048},
+}  # fmt: skip
+
+
 def test_tests_that_need_a_gpu_are_all_chosen() -> None:
-    chosen = {Path(path).name for path in gpu.tests_of_gpus()}
-    assert {"test_compile.py", "test_memory.py", "test_precision.py"} <= chosen
+    chosen = {path.name for path in gpu.tests_of_gpus()}
+    assert {"test_gpu.py", "test_compile.py", "test_memory.py", "test_precision.py"} <= chosen
 
 
 def test_a_competitor_that_dies_is_told(capfd: pytest.CaptureFixture[str]) -> None:
@@ -272,12 +282,32 @@ def test_the_plan_for_a_gpu_is_shown_anywhere(
     assert gpu.main() == 0
     told = json.loads(capsys.readouterr().out)
     groups = {part["group"] for part in told}
-    assert groups == {"tests", "step", "shards", "bench", "scaling", "cifar10"} and not (tmp_path / "out").exists()
+    assert groups == {"tests", "step", "shards", "nvjpeg", "bench", "loop", "scaling", "cifar10"}
+    assert not (tmp_path / "out").exists()
+    parts = [part["part"] for part in told]
+    assert parts[0] == "tests.gpu" and parts.index("shards") < min(n for n, part in enumerate(parts) if "bench" in part)
+    commands = {part["part"]: part["command"] for part in told}
+    assert [name for name, command in commands.items() if "cold.py" in command[1]] == ["bench.disk"]
+    assert [*commands["bench.memory"], "--data.decode", "device"] == commands["bench.memory-device"]
     steps = [part["command"] for part in told if part["group"] == "step"]
     assert all("--simmim" in command and "--mae" not in command for command in steps)
     for command in steps:  # step.py takes them
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         step.parse(command[2:])
+    for part in told:  # and so does overhead.py
+        assert part["group"] != "loop" or overhead.parse(part["command"][2:]).loop == 401
+
+
+def test_without_a_gpu_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "gpus", lambda: 0)
+    (tmp_path / "shards.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        options_of(monkeypatch, "--out", str(tmp_path), "--again", "shards")
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.err.count("\n") == 1 and "no GPU" in told.err and not told.out
+    assert (tmp_path / "shards.json").exists()
 
 
 def test_parts_are_kept_and_one_that_fails_stops_nothing(
@@ -286,16 +316,20 @@ def test_parts_are_kept_and_one_that_fails_stops_nothing(
     python = sys.executable
     parts = [
         gpu.Part("step.a.ours", (python, "-c", "raise SystemExit(3)"), 20),
+        gpu.Part("nvjpeg", (python, "-c", "raise SystemExit('no such decoder')"), 20),
         gpu.Part("scaling", (python, "-c", "print('words'); print('{\"rows\": 1}')"), 20),
         gpu.Part("tests", (python, "-c", "import time; time.sleep(60)"), 0.5),
         gpu.Part("bench.cut", (python, "-c", "import time; time.sleep(60)"), 60),
         gpu.Part("cifar10", (python,), 20, needs=("no_such_library",)),
         gpu.Part("shards", (python,), 20, gpus=2),
+        gpu.Part("loop.a", (python,), 20, after=("scaling", "step.a.ours")),
+        gpu.Part("loop.b", (python, "-c", r"import os; os.write(1, b'\xff')"), 20, after=("scaling",)),
+        gpu.Part("bench.a", (python, "-c", f"print({json.dumps(json.dumps(BENCH))})"), 20),
     ]
     monkeypatch.setattr(gpu, "plan", lambda options: parts)
     monkeypatch.setattr(gpu, "gpus", lambda: 1)
     monkeypatch.setattr(
-        gpu, "about", lambda: {"hardware": "a GPU", "cuda": None, "python": "3", "versions": {"torch": "2"}}
+        gpu, "about", lambda: {"hardware": ["a GPU"], "cuda": None, "python": "3", "versions": {"torch": "2"}}
     )
     options = options_of(monkeypatch, "--out", str(tmp_path), "--budget", "28")
     assert gpu.main() == 1
@@ -304,9 +338,12 @@ def test_parts_are_kept_and_one_that_fails_stops_nothing(
     assert (
         states["tests"] == "failed with exit code 124" and states["bench.cut"] == "to do"
     )  # not begun: it would not end
+    assert states["loop.a"] == "waits for step.a.ours" and states["loop.b"] == states["bench.a"] == "done"
     assert states["cifar10"] == "needs no_such_library" and states["shards"] == "needs 2 GPUs, torch sees 1"
     assert json.loads((tmp_path / "scaling.json").read_text())["result"] == {"rows": 1}
     page = (tmp_path / "RESULTS.md").read_text()
+    assert "| bench.a | 2,345 | 0.04 | 1,200 | data | 12.3% | 2.0 |" in page
+    assert "no such decoder" in page  # what a part that fails has said
     assert "| scaling | done |" in page and "## On a GPU" in page
     before = (tmp_path / "scaling.json").read_text()
     gpu.main()
@@ -316,3 +353,54 @@ def test_parts_are_kept_and_one_that_fails_stops_nothing(
     options_of(monkeypatch, "--out", str(tmp_path), "--again", "scaling")
     assert not (tmp_path / "scaling.json").exists()
     capsys.readouterr()
+
+
+def test_shards_are_forgotten_while_a_command_reads_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"a")
+    (tmp_path / "b.tar").write_bytes(b"bb")
+    forgotten: list[int] = []
+    monkeypatch.setattr(cold.os, "posix_fadvise", lambda file, *_: forgotten.append(cold.os.fstat(file).st_size))
+    monkeypatch.setattr(cold, "EVERY", 0.01)
+    command = [sys.executable, "-c", "import time; time.sleep(0.1); raise SystemExit(3)"]
+    monkeypatch.setattr(sys, "argv", ["cold.py", str(tmp_path), "--", *command])
+    assert cold.main() == 3
+    assert forgotten[:2] == [1, 2] and len(forgotten) >= 6
+    monkeypatch.setattr(sys, "argv", ["cold.py", str(tmp_path), *command])
+    assert cold.main() == 2
+
+
+def test_a_decoder_is_one_if_it_gives_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvjpeg, "images", lambda count: [Image.new("RGB", (8, 8), (200, 100, 50))] * 2)
+    exact = torch.tensor([200, 100, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)
+    monkeypatch.setattr(nvjpeg, "require_decoder", lambda: lambda bodies, mode, device: [exact] * len(bodies))
+    found = nvjpeg.measure(torch.device("cpu"), 3)
+    assert found["images_per_second"] > 0 and found["levels_from_pillow"] < 2  # a level of JPEG's own rounding
+    monkeypatch.setattr(nvjpeg, "require_decoder", lambda: lambda bodies, mode, device: [exact, exact.flip(0)])
+    with pytest.raises(SystemExit, match="levels from Pillow's"):
+        nvjpeg.measure(torch.device("cpu"), 3)
+
+
+@pytest.mark.parametrize("block", [1, 6])
+def test_the_loop_is_set_against_bare_steps(
+    block: int, small_fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step of the loop takes half as long again as a bare one."""
+    clock = [0.0]
+
+    def taking(seconds: float) -> Any:
+        def step(*given: Any) -> None:
+            clock[0] += seconds
+            update(*given)
+
+        return step
+
+    update = overhead.update
+    monkeypatch.setattr(overhead, "update", taking(1.0))
+    monkeypatch.setattr("selfsight.train.update", taking(1.5))
+    monkeypatch.setattr(overhead, "now", lambda device: clock[0])
+    (tmp_path / "run").mkdir()
+    fields = small_fields | {"run_dir": str(tmp_path / "run"), "train.steps": 31, "train.device": "cpu"}
+    found = overhead.looping(overhead.load("digits/mae", fields), 31, block)
+    assert found["loop_percent"] == found["loop_percent_median"] == 50 and found["loop_percent_error"] == 0
+    assert found["bare_step_milliseconds"] == 1000 and found["steps_of_each"] == block
+    assert found["pairs"] == {1: 20, 6: 3}[block]

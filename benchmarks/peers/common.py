@@ -97,7 +97,10 @@ def explicit_attention(model: nn.Module) -> None:
 
 @contextmanager
 def standing_in(**modules: dict[str, Any]) -> Any:
-    """Modules (dots as two underscores) of these attributes, where others' code imports what it does not need."""
+    """Modules (dots as two underscores) of these attributes, where others' code imports what it does not need.
+
+    They take the place of modules that are there, for a while; `absent.stand_in` has empty ones for what is not, for good.
+    """
     made = {}
     for name, attributes in modules.items():
         module = ModuleType(name.replace("__", "."))

@@ -1,0 +1,36 @@
+"""Run a command whose shards come from storage every time: while it runs, the page cache is made to forget them.
+
+python benchmarks/cold.py SHARDS -- COMMAND
+
+What the storage keeps in a memory of its own stays there, and what lies in /dev/shm is never elsewhere; gpu.py tells how many
+bytes disks gave while a part ran. Ends with the command's exit code.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from selfsight.data.spec import find_shards
+
+EVERY = 0.1  # seconds, in which a machine reads a few hundred photographs
+
+
+def main() -> int:
+    """Run it, and forget."""
+    if sys.argv[2:3] != ["--"] or not sys.argv[3:]:
+        print(__doc__, file=sys.stderr)
+        return 2
+    files = [os.open(path, os.O_RDONLY) for path in find_shards(sys.argv[1]) if isinstance(path, Path)]
+    process = subprocess.Popen(sys.argv[3:])
+    while True:
+        for file in files:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            return process.wait(timeout=EVERY)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+if __name__ == "__main__":
+    sys.exit(main())

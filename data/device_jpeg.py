@@ -7,9 +7,11 @@ in floating point: views are the same, their last bits are not.
 """
 
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,11 +45,14 @@ def size_of(body: bytes, form: Form) -> tuple[int, int] | None:
     return (header.width, header.height) if header.width * header.height <= MAX_PIXELS else None
 
 
-def require_decoder() -> Any:
+def require_decoder(device: torch.device | None = None) -> Any:
     """torchcodec's function.
 
+    Args:
+        device: where it is tried on a small image; None: nowhere.
+
     Raises:
-        UsageError: it is not installed.
+        UsageError: it is not installed, or cannot decode there: then every image would go the slow way of a damaged one.
     """
     try:
         from torchcodec.decoders import decode_jpeg
@@ -55,6 +60,16 @@ def require_decoder() -> Any:
         raise UsageError(
             f"data.decode: device needs torchcodec ({str(error).splitlines()[0]}): pip install 'selfsight[fast]'"
         ) from None
+    if device is not None:
+        small = BytesIO()
+        Image.new("RGB", (16, 16)).save(small, "JPEG")
+        try:
+            decode_jpeg([small.getvalue()], mode="RGB", device=device)
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"data.decode: device: torchcodec does not decode on {device} ({str(error).splitlines()[0]}); "
+                "leave data.decode at workers"
+            ) from None
     return decode_jpeg
 
 

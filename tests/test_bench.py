@@ -216,7 +216,7 @@ EVERYWHERE = Situation(True, 8, 4, 2, "fp32", True, True, True, True)
     "now", [EVERYWHERE, EVERYWHERE._replace(gpu=False), EVERYWHERE._replace(precision="bf16", jpegs=False)]
 )
 def test_a_trial_differs_in_its_switch_alone(recipe: Recipe, now: Situation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_switches, "require_decoder", lambda: None)
+    monkeypatch.setattr(bench_switches, "require_decoder", lambda device: None)
     plain = changed(recipe, {"train.accumulate": 2, "train.batch_size": 64, "train.workers": 2, "train.threads": 4})
     todo = candidates(plain, now)
     assert todo

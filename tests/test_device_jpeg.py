@@ -134,3 +134,13 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
     with pytest.raises(UsageError, match=r"data\.decode: device needs torchcodec .*selfsight\[fast\]"):
         require_decoder()
+
+
+def test_a_decoder_that_does_not_work_there_is_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(bodies: list[bytes], mode: str, device: torch.device) -> None:
+        raise RuntimeError(f"no nvJPEG on {device}\nand more")
+
+    assert callable(require_decoder(torch.device("cpu")))
+    monkeypatch.setattr("torchcodec.decoders.decode_jpeg", broken)
+    with pytest.raises(UsageError, match=r"does not decode on cuda \(no nvJPEG on cuda\); leave data.decode at workers"):
+        require_decoder(torch.device("cuda"))

@@ -252,7 +252,7 @@ def assemble(
     if recipe.data.fast_decode and not jpeg.library():
         raise UsageError("data.fast_decode: needs simplejpeg: pip install 'selfsight[fast]'")
     if recipe.data.decode == "device":
-        require_decoder()
+        require_decoder(device)
     steps = recipe.train.steps or ceil((recipe.train.epochs or 0) * len(shards) / batch)
     encoder = build_encoder(recipe.encoder, preprocessing_of(recipe.data, recipe.encoder), recipe.seed)
     notes = []

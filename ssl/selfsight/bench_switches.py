@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from selfsight.assemble import Parts
 from selfsight.bench_step import Built
 from selfsight.bench_timed import Timed
@@ -106,8 +108,8 @@ def _decode(recipe: Recipe, now: Situation) -> list[Any]:
     ):
         return []
     try:
-        require_decoder()
-    except UsageError:  # not installed
+        require_decoder(torch.device("cuda"))
+    except UsageError:  # not installed, or without nvJPEG
         return []
     return ["device"]
 

@@ -22,6 +22,9 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     files = [os.open(path, os.O_RDONLY) for path in find_shards(sys.argv[1]) if isinstance(path, Path)]
+    if not files:
+        print(f"{sys.argv[1]}: no shards on a disk of this machine, so nothing to forget", file=sys.stderr)
+        return 2
     process = subprocess.Popen(sys.argv[3:])
     while True:
         for file in files:

@@ -206,7 +206,6 @@ def plan(options: argparse.Namespace) -> list[Part]:
         cold = (python, str(HERE / "cold.py"), data, "--") if name == "disk" else ()
         bench = ("bench", str(ROOT / "recipes" / "imagenet" / "vicreg-s16.yaml"), "--data.train", data, "--json")
         batch = ("--train.batch_size", "256", *evaluation_off(), *words)
-        # Without nvJPEG the device's decoding falls back to Pillow, one image after the other.
         after = (*(() if "--synthetic" in words else shards), *(("nvjpeg",) if "device" in words else ()))
         needs = ("webdataset", "faiss", "sklearn")
         parts.append(Part(f"bench.{name}", (*cold, python, "-m", "selfsight", *bench, *batch), 240, needs, after))
@@ -431,7 +430,9 @@ def step_rows(name: str, result: dict[str, Any]) -> list[str]:
 
 def bench_row(name: str, part: dict[str, Any]) -> str:
     """A row for one call of `selfsight bench`."""
-    told, read = part["result"], part["bytes_from_disks"]
+    told, read = part["result"], part.get("bytes_from_disks")
+    if not isinstance(told, dict):
+        return f"| {name} | {told_shortly(told).splitlines()[-1]} |  |  |  |  |  |  |"
     figures = [name, f"{told['images_per_second']:,.0f}", told["spread"], f"{told['loader']['images_per_second']:,.0f}"]
     figures += [told["bound"], f"{told['mfu']:.1%}", f"{told['memory']['peak'] / 1024:.1f}"]
     return f"| {' | '.join(map(str, figures))} | {'' if read is None else f'{read / 1e6:,.0f}'} |"

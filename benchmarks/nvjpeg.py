@@ -2,7 +2,7 @@
 
 python benchmarks/nvjpeg.py
 
-Fails where it does not: a run would go on then, with Pillow and one image after the other, and a benchmark of it would mislead.
+Fails where it does not, as a run would.
 """
 
 import argparse

@@ -188,9 +188,11 @@ class Nowhere:
 def assembled(recipe: Any, accelerator: Any) -> tuple[Any, Any]:
     """The parts of a run and what makes its gradients, as `train` puts them together."""
     from selfsight import assemble, backward
+    from selfsight.optim import make_moments
 
     with patch.object(assemble, "open_samples", lambda data: Nowhere()):
         parts = assemble.assemble(recipe, accelerator.device, world=accelerator.num_processes)
+    make_moments(parts.optimizer)
     kind = backward.Sharded if parts.sharded else backward.Averaged
     return parts, kind(parts.objective, accelerator)
 

@@ -65,9 +65,10 @@ def require_decoder(device: torch.device | None = None) -> Any:
         Image.new("RGB", (16, 16)).save(small, "JPEG")
         try:
             decode_jpeg([small.getvalue()], mode="RGB", device=device)
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
+            told = [*str(error).splitlines(), type(error).__name__][0]
             raise UsageError(
-                f"data.decode: device: torchcodec does not decode on {device} ({str(error).splitlines()[0]}); "
+                f"data.decode: device: torchcodec does not decode on {device} ({told}); "
                 "leave data.decode at workers"
             ) from None
     return decode_jpeg

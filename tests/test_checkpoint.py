@@ -146,17 +146,23 @@ def test_the_optimizer_goes_round() -> None:
     optimizer.step()
     packed = {key: value.clone() for key, value in checkpoint.pack_optimizer(optimizer, names).items()}
     assert set(packed) == {f"{p}/{m}" for p in ("weight", "bias") for m in ("step", "exp_avg", "exp_avg_sq")}
-    fresh = torch.optim.AdamW(model.parameters(), fused=True)
-    make_moments(fresh)
-    checkpoint.unpack_optimizer(fresh, names, packed)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(checkpoint.pack_optimizer(fresh, names).values(), packed.values(), strict=True)
-    )
+    for early in (False, True):
+        fresh = torch.optim.AdamW(model.parameters(), fused=True)
+        if early:
+            make_moments(fresh)
+        checkpoint.unpack_optimizer(fresh, names, packed)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(checkpoint.pack_optimizer(fresh, names).values(), packed.values(), strict=True)
+        )
     with pytest.raises(StorageError, match="knows 'other', which this run does not train"):
         checkpoint.unpack_optimizer(fresh, names, {"other/step": torch.tensor(1.0)})
     with pytest.raises(StorageError, match=r"bias/exp_avg has shape \[1\], this run's has \[2\]"):
         checkpoint.unpack_optimizer(fresh, names, {"bias/exp_avg": torch.ones(1)})
+    model.bias.requires_grad_(False)
+    fresh = torch.optim.AdamW([model.weight], fused=True)
+    checkpoint.unpack_optimizer(fresh, names, packed)
+    assert [*fresh.state] == [model.weight]
 
 
 # -- the run folder

@@ -2,7 +2,7 @@
 
 Mutations that these tests caught when they were tried: keys and values swapped, no scale, the residual dropped, the norms
 swapped, queries that attend to themselves too, queries of the wrong places, the last norm left out; sums of the encoder's
-blocks with their weights transposed, without the last norm, or the same one for all blocks of the decoder.
+blocks in another order or without the last norm.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfsight.data.placer import Batch
+from selfsight.errors import UsageError
 from selfsight.objectives.decoder import CrossBlock
 from selfsight.objectives.mae import MAE
 
@@ -63,7 +64,9 @@ def test_a_cross_block_is_torchs_multi_head_attention() -> None:
 def rebuilt(objective: MAE, images: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
     """What a cross-attention decoder predicts of these hidden patches, patch by patch, from the encoder's tokens."""
     given: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, x: given.append(x)) for block in objective.encoder.blocks]
+    first, *_ = objective.encoder.blocks
+    hooks = [first.register_forward_pre_hook(lambda _, x: given.append(x[0]))]
+    hooks += [block.register_forward_hook(lambda _, __, x: given.append(x)) for block in objective.encoder.blocks]
     tokens = objective.encoder(images, keep=keep)
     for hook in hooks:
         hook.remove()
@@ -72,7 +75,7 @@ def rebuilt(objective: MAE, images: Tensor, keep: Tensor, hidden: Tensor) -> Ten
     for image in range(len(images)):
         for patch in hidden[image].tolist():
             query = (objective.mask_token + objective.positions[prefix + patch])[None, None]
-            for block, weights in zip(objective.blocks, objective.mixture.weight, strict=True):
+            for block, weights in zip(objective.blocks, objective.sums.weight, strict=True):
                 memory = sum(weight * x[image] for weight, x in zip(weights, given, strict=True))
                 query = reference(block, query, memory[None])  # type: ignore[index]
             rows.append(objective.predict(objective.norm(query))[0, 0])
@@ -134,3 +137,30 @@ def test_a_cross_decoder_trains_all_that_it_has(fields: dict[str, Any]) -> None:
         assert not module.bias.any()  # type: ignore[union-attr,operator]
         bound = (6 / sum(module.weight.shape)) ** 0.5  # type: ignore[union-attr,arg-type]
         assert 0.9 * bound < module.weight.abs().max() <= bound  # type: ignore[union-attr,operator]
+
+
+def test_the_last_of_what_a_cross_decoder_sees_is_what_is_exported() -> None:
+    """Under drop paths and recomputed blocks, too: the same draws as a forward pass of the encoder."""
+    objective, batch = make({"drop_path": 0.5, "depth": 3}, decoder="cross"), make_batch(4)
+    keep, _ = objective.mask(batch)
+    plain = objective.encoder(batch.views[0], keep=keep, draw=batch.uniform)
+    for blocks in (0, 2):
+        objective.encoder.checkpoint_blocks = blocks
+        given = objective.encode(batch.views[0], keep, batch.uniform)
+        assert len(given) == 4
+        assert torch.equal(given[-1], torch.cat([plain.prefix, plain.patches], dim=1))
+
+
+def test_a_cross_decoder_in_bfloat16() -> None:
+    objective, batch = make(decoder="cross"), make_batch(4)
+    exact = objective(batch).total
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = objective(batch).total
+    rounded.backward()
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2) and rounded.item() != exact.item()
+    assert objective.sums.weight.grad is not None and objective.sums.weight.grad.isfinite().all()
+
+
+def test_a_cross_decoder_needs_positions() -> None:
+    with pytest.raises(UsageError, match="decoder: cross needs position embeddings .* rotary ones alone; use decoder self"):
+        make({"name": "vit_small_patch16_dinov3", "positions": "learned"}, decoder="cross")

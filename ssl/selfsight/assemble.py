@@ -30,7 +30,7 @@ from selfsight.errors import StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
-from selfsight.optim import build_optimizer, make_moments
+from selfsight.optim import build_optimizer
 from selfsight.past import Past
 from selfsight.precision import ARITHMETIC, resolve
 from selfsight.preprocessing import Preprocessing
@@ -184,7 +184,7 @@ class Parts:
                 load_whole(self.average, saved.tensors["ema"])
         except (KeyError, RuntimeError) as error:
             raise StorageError(f"{where}: its checkpoint lacks something: {' '.join(str(error).split())}") from None
-        if step and not saved.tensors["optim"]:
+        if step and not saved.tensors["optim"] and not self.past.left_out:  # older runs of bad steps only have none
             raise StorageError(f"{where}: its checkpoint lacks the optimizer's state")
         return step
 
@@ -290,8 +290,6 @@ def assemble(
     if trains:
         notes += switch(recipe, objective, average, device)
     optimizer = build_optimizer(objective, encoder, recipe.optim)
-    if trains:
-        make_moments(optimizer)
     return Parts(recipe, shards, encoder, objective, optimizer, average, steps, notes, allow_change)
 
 

@@ -228,21 +228,25 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], packed: Tensors) -> None:
-    """The inverse of `pack_optimizer`, for an optimizer that `make_moments` was given.
+    """The inverse of `pack_optimizer`; moments that are there already keep their place in memory.
 
     Raises:
         StorageError: a tensor that no parameter of this run has, or of another shape.
-        KeyError: a moment that the optimizer does not have.
     """
     parameters = {name: parameter for parameter, name in names.items()}
     for key, value in packed.items():
         name, _, moment = key.rpartition("/")
         if name not in parameters:
             raise StorageError(f"the checkpoint's optimizer knows {name!r}, which this run does not train")
-        own = optimizer.state[parameters[name]][moment]
-        if own.shape != value.shape:  # else it would be spread over the moments
-            raise StorageError(f"the checkpoint's {key} has shape {[*value.shape]}, this run's has {[*own.shape]}")
-        own.copy_(beside(value, parameters[name]))
+        if not (parameter := parameters[name]).requires_grad:  # no longer, by a change that --allow-change accepted
+            continue
+        own, placed = optimizer.state[parameter], beside(value, parameter)
+        if moment not in own:
+            own[moment] = placed
+        elif own[moment].shape == value.shape:  # else copying would spread it over the moments
+            own[moment].copy_(placed)
+        else:
+            raise StorageError(f"the checkpoint's {key} has shape {[*value.shape]}, this run's has {[*own[moment].shape]}")
 
 
 def _refuse_nonfinite(tensors: dict[str, dict[str, Tensor]]) -> None:

@@ -117,6 +117,11 @@ class Encoder(nn.Module):
         return self.plain and getattr(self.backbone, "rope", None) is None
 
     @property
+    def absolute(self) -> bool:
+        """Whether tokens carry where they are, and not rotary embeddings alone, which are relative."""
+        return getattr(self.backbone, "pos_embed", None) is not None
+
+    @property
     def has_class_token(self) -> bool:
         """Whether the first prefix token is a class token."""
         return getattr(self.backbone, "cls_token", None) is not None
@@ -248,8 +253,9 @@ class Encoder(nn.Module):
                 x = block(x, **extra)
             yield depth, x
 
-    def after_blocks(self, images: Tensor, keep: Tensor, draw: Draw | None = None) -> list[Tensor]:
-        """Tokens (B, P + K, D) after each block, of the patches `keep` (B, K) alone; those of the last through the last norm.
+    def between_blocks(self, images: Tensor, keep: Tensor, draw: Draw | None = None) -> list[Tensor]:
+        """Tokens (B, P + K, D) before the first block and after each, of the patches `keep` (B, K) alone; the last ones through
+        the last norm.
 
         Raises:
             UsageError: a backbone that cannot leave patches out.
@@ -257,8 +263,9 @@ class Encoder(nn.Module):
         if not self.plain:
             raise UsageError(self._cannot_drop())
         self._draw_drop_paths(images, draw)
-        *others, (_, last) = self._steps(*self.begin(images, keep))
-        return [*(x for _, x in others), self.backbone.norm(last)]
+        first, rope = self.begin(images, keep)
+        *others, (_, last) = self._steps(first, rope)
+        return [first, *(x for _, x in others), self.backbone.norm(last)]
 
     def normed(self, x: Tensor) -> Tokens:
         """What comes out of a block (B, T, D), through the last norm."""

@@ -57,8 +57,11 @@ def kernel(parameters: Sequence[Tensor]) -> dict[str, bool]:
 
 
 def make_moments(optimizer: torch.optim.AdamW) -> None:
-    """Give an optimizer the state that its first step would give it: whether it fits is known before, and what stays for the
-    whole run lies apart from what comes and goes, which leaves fewer holes in memory."""
+    """Give an optimizer the state that its first step would give it.
+
+    Whether it fits is then known before, and what stays for the whole run lies apart from what comes and goes, which leaves
+    fewer holes in memory.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             counted = parameter.device if group["fused"] else torch.device("cpu")

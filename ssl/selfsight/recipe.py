@@ -70,8 +70,8 @@ class DataConfig(Section):
     """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where every crop stays as large as its view: faster for large photographs, slightly
     other pixels; without effect beside repeat (extra: pip install 'selfsight[fast]')."""
     decode: Literal["workers", "device"] = "workers"
-    """Who decodes JPEGs: loader workers, or the device, by nvJPEG on a GPU; then damaged ones end the run (extra: pip install
-    'selfsight[fast]')."""
+    """Who decodes JPEGs: loader workers, or the device, by nvJPEG on a GPU; then damaged ones end the run, and a device that cannot
+    is refused at the start (extra: pip install 'selfsight[fast]')."""
     bad_share: float = Field(0.001, ge=0, le=1)
     """Share of bad samples (never fewer than 10) above which the run ends with exit code 65; below it they are replaced."""
 

@@ -41,7 +41,7 @@ from selfsight.finite import BadSteps, Step, gradient_norm
 from selfsight.ledger import Ledger
 from selfsight.metrics import Meter, MetricsLog, end_trackers, require_trackers, start_trackers
 from selfsight.objectives.base import Loss
-from selfsight.optim import lr_at, move_average, set_rates, weight_decay_at
+from selfsight.optim import lr_at, make_moments, move_average, set_rates, weight_decay_at
 from selfsight.peers import Peers
 from selfsight.processes import StopRequest, agree, join, loader_workers, same_on_every_rank
 from selfsight.quarantine import Quarantine
@@ -301,6 +301,7 @@ def bare(hosts: list[HostBatch]) -> list[HostBatch]:
 def resume(parts: Parts, accelerator: Accelerator) -> int:
     """Take the newest whole checkpoint's place, if there is one; the answer is the number of steps done."""
     folder = parts.recipe.run_dir
+    make_moments(parts.optimizer)
     newest, warnings = checkpoint.newest(folder / "checkpoints")
     done = parts.restore(checkpoint.load(newest, verified=True), str(folder)) if newest else 0
     same_on_every_rank(

@@ -47,7 +47,7 @@ class MAEConfig(ObjectiveConfig):
     """Share of the hidden patches that the decoder rebuilds (dual masking, VideoMAE V2, arXiv 2303.16727)."""
     decoder: Literal["self", "cross"] = "self"
     """What a hidden patch attends to: all patches (the paper), or the visible ones alone (CrossMAE, arXiv 2401.14391), which
-    costs less, and much less with a `predict_ratio` of a third."""
+    costs less, and much less with a `predict_ratio` of a third; each block then sees its own sum of all the encoder's blocks."""
     decoder_width: int = Field(512, ge=8, le=32768)
     """Width of the decoder's tokens."""
     decoder_depth: int = Field(8, ge=1, le=256)

@@ -3,7 +3,7 @@
 `self`: all tokens attend to all (He et al. 2022, arXiv 2111.06377). `cross`: queries, one for each hidden patch that is
 rebuilt, attend to the visible tokens and not to each other (CrossMAE, Fu et al. 2024, arXiv 2401.14391): each is rebuilt
 by itself, so that any part of them gives an unbiased loss, at the cost of that part. Each block sees its own weighted sum
-of what the encoder's blocks gave ("inter-block attention", section 3.4).
+of what went into the encoder's blocks and came out of them ("inter-block attention", section 3.4).
 """
 
 from collections.abc import Sequence
@@ -34,15 +34,15 @@ def decoder_blocks(config: MAEConfig, seen: int) -> nn.ModuleList:
     return blocks
 
 
-class Mixture(nn.Module):
-    """Weighted sums of what an encoder's blocks gave, one for each block of a decoder; the weights are free and learned."""
+class BlockSums(nn.Module):
+    """Weighted sums of the tokens before and after an encoder's blocks, one for each block of a decoder; the weights are learned."""
 
-    def __init__(self, blocks: int, sums: int) -> None:
+    def __init__(self, given: int, sums: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(sums, blocks) / blocks**0.5)
+        self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(sums, given)))
 
     def forward(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Tokens (B, K, E) after each block: as many sums of them, of the same shape."""
+        """Tokens (B, K, E) of each place: the sums of them, of the same shape."""
         stacked = torch.stack([*given])
         return (self.weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).unbind()
 

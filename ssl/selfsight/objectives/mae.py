@@ -19,7 +19,7 @@ from selfsight.encoder import Encoder, Tokens, take
 from selfsight.errors import UsageError
 from selfsight.objectives.base import Loss, Objective
 from selfsight.objectives.configs import MAEConfig
-from selfsight.objectives.decoder import Mixture, decoder_blocks
+from selfsight.objectives.decoder import BlockSums, decoder_blocks
 from selfsight.objectives.masks import in_every_plane, random_masking, split_patches
 from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
 from selfsight.positions import sincos
@@ -45,7 +45,12 @@ class MAE(Objective):
                 f"objective.decoder_width: {width} must be a multiple of 4 and of the {config.decoder_heads} heads"
             )
         if config.decoder == "cross":
-            self.mixture = Mixture(len(encoder.blocks), config.decoder_depth)
+            if not encoder.absolute:
+                raise UsageError(
+                    f"objective.decoder: cross needs position embeddings in the encoder, and {encoder.config.name} has rotary ones alone; "
+                    "use decoder self"
+                )
+            self.sums = BlockSums(len(encoder.blocks) + 1, config.decoder_depth)
         else:
             self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
@@ -107,7 +112,7 @@ class MAE(Objective):
     def encode(self, images: Tensor, keep: Tensor, draw: Draw | None = None) -> Encoded:
         """What the decoder is given of the visible patches `keep` (B, K)."""
         if self.config.decoder == "cross":
-            return self.encoder.after_blocks(images, keep, draw)
+            return self.encoder.between_blocks(images, keep, draw)
         return self.encoder(images, keep=keep, draw=draw)
 
     def decode(self, given: Encoded, keep: Tensor, hidden: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ class MAE(Objective):
         places = self.positions[prefix:].expand(len(keep), -1, -1)
         masked = self.mask_token + take(places, hidden)
         if not isinstance(given, Tokens):
-            for block, seen in zip(self.blocks, self.mixture(given), strict=True):
+            for block, seen in zip(self.blocks, self.sums(given), strict=True):
                 masked = block(masked, seen)
             return self.predict(self.norm(masked))
         tokens = given

@@ -68,8 +68,7 @@ def require_decoder(device: torch.device | None = None) -> Any:
         except (OSError, RuntimeError, ValueError) as error:
             told = [*str(error).splitlines(), type(error).__name__][0]
             raise UsageError(
-                f"data.decode: device: torchcodec does not decode on {device} ({told}); "
-                "leave data.decode at workers"
+                f"data.decode: device: torchcodec does not decode on {device} ({told}); leave data.decode at workers"
             ) from None
     return decode_jpeg
 

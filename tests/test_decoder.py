@@ -162,5 +162,7 @@ def test_a_cross_decoder_in_bfloat16() -> None:
 
 
 def test_a_cross_decoder_needs_positions() -> None:
-    with pytest.raises(UsageError, match="decoder: cross needs position embeddings .* rotary ones alone; use decoder self"):
+    with pytest.raises(
+        UsageError, match="decoder: cross needs position embeddings .* rotary ones alone; use decoder self"
+    ):
         make({"name": "vit_small_patch16_dinov3", "positions": "learned"}, decoder="cross")

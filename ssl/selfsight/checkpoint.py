@@ -246,7 +246,9 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str],
         elif own[moment].shape == value.shape:  # else copying would spread it over the moments
             own[moment].copy_(placed)
         else:
-            raise StorageError(f"the checkpoint's {key} has shape {[*value.shape]}, this run's has {[*own[moment].shape]}")
+            raise StorageError(
+                f"the checkpoint's {key} has shape {[*value.shape]}, this run's has {[*own[moment].shape]}"
+            )
 
 
 def _refuse_nonfinite(tensors: dict[str, dict[str, Tensor]]) -> None:

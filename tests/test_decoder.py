@@ -163,6 +163,6 @@ def test_a_cross_decoder_in_bfloat16() -> None:
 
 def test_a_cross_decoder_needs_positions() -> None:
     with pytest.raises(
-        UsageError, match="decoder: cross needs position embeddings .* rotary ones alone; use decoder self"
+        UsageError, match=r"decoder: cross needs position embeddings .* rotary ones alone; use decoder self"
     ):
         make({"name": "vit_small_patch16_dinov3", "positions": "learned"}, decoder="cross")

@@ -142,5 +142,7 @@ def test_a_decoder_that_does_not_work_there_is_no_decoder(monkeypatch: pytest.Mo
 
     assert callable(require_decoder(torch.device("cpu")))
     monkeypatch.setattr("torchcodec.decoders.decode_jpeg", broken)
-    with pytest.raises(UsageError, match=r"does not decode on cuda \(no nvJPEG on cuda\); leave data.decode at workers"):
+    with pytest.raises(
+        UsageError, match=r"does not decode on cuda \(no nvJPEG on cuda\); leave data.decode at workers"
+    ):
         require_decoder(torch.device("cuda"))

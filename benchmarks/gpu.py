@@ -158,7 +158,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"--only: no {', '.join(unknown)}; there are {', '.join(groups)}")
     known = {*groups, *(part.name for part in plan(options))}
     if unknown := [name for name in options.again if name not in known]:
-        parser.error(f"--again: no {', '.join(unknown)}; there are {', '.join(groups)}, and parts as --dry-run lists them")
+        parser.error(
+            f"--again: no {', '.join(unknown)}; there are {', '.join(groups)}, and parts as --dry-run lists them"
+        )
     for part in plan(options):
         if not options.dry_run and {part.name, part.group} & {*options.again}:
             file_of(part.name, options).unlink(missing_ok=True)

@@ -64,7 +64,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     if not all(count.strip().isdecimal() and int(count) for count in counts.split(",")):
         parser.error(f"--processes {counts}: give whole numbers above 0 with commas, such as 1,2,4")
     doubling = [2**power for power in range(options.places.bit_length())]
-    options.processes = doubling if options.device == "cuda" and not options.processes else [*map(int, counts.split(","))]
+    options.processes = (
+        doubling if options.device == "cuda" and not options.processes else [*map(int, counts.split(","))]
+    )
     if options.device == "cuda" and max(options.processes) > options.places:
         parser.error(f"--processes {max(options.processes)}: torch sees {options.places} GPUs")
     options.parallel = options.parallel.split(",")
@@ -177,7 +179,9 @@ def rank(spec: dict[str, Any]) -> int:
             made |= {"compute": compute, "communication": max(0.0, whole - compute) * (spec["world"] > 1)}
         rate = spec["world"] * spec["batch"] / whole
         print(
-            json.dumps({"images_per_second": round(rate, 3)} | {key: value and round(value, 5) for key, value in made.items()}),
+            json.dumps(
+                {"images_per_second": round(rate, 3)} | {key: value and round(value, 5) for key, value in made.items()}
+            ),
             flush=True,
         )
     if torch.distributed.is_initialized():

@@ -293,9 +293,7 @@ def test_scaling_says_what_it_cannot_do(
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_scaling_counts_what_is_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scaling_counts_what_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert scaling.parse([]).processes == [1, 2, 4]
     asked = scaling.parse(["--processes", "1, 3", "--parallel", "fsdp"])

@@ -137,7 +137,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="(default: runs/gpu of this checkout)")
     parser.add_argument("--peers-at", type=Path)
     parser.add_argument("--data")
     parser.add_argument("--cifar10", nargs=2, metavar=("TRAIN", "TEST"))
@@ -156,6 +156,11 @@ def parse() -> argparse.Namespace:
     options.only = [name for name in (options.only or "").split(",") if name]
     if unknown := [name for name in options.only if name not in groups]:
         parser.error(f"--only: no {', '.join(unknown)}; there are {', '.join(groups)}")
+    known = {*groups, *(part.name for part in plan(options))}
+    if unknown := [name for name in options.again if name not in known]:
+        parser.error(
+            f"--again: no {', '.join(unknown)}; there are {', '.join(groups)}, and parts as --dry-run lists them"
+        )
     for part in plan(options):
         if not options.dry_run and {part.name, part.group} & {*options.again}:
             file_of(part.name, options).unlink(missing_ok=True)

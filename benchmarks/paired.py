@@ -100,7 +100,8 @@ def in_turn(
     return found[True], found[False], None
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Of paired times: the median of theirs / ours (above 1: ours is faster), and the largest ratio minus the smallest."""
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
+    """Of paired times: the median of theirs / ours (above 1: ours is faster), and the largest ratio minus the smallest, which
+    one pair does not have."""
     found = [b / a for a, b in zip(ours, theirs, strict=True)]
-    return median(found), max(found) - min(found)
+    return median(found), max(found) - min(found) if len(found) > 1 else None

@@ -29,6 +29,16 @@ LIMIT = 240.0  # seconds for one number of processes
 
 def main() -> int:
     """Print the table."""
+    options = parse()
+    if options.rank:
+        return rank(json.loads(options.rank))
+    result = measure(options)
+    print(json.dumps(result, indent=1) if options.json else table(result))
+    return 0 if result["rows"] else 1
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The options; lists as lists, the device and numbers of processes of this machine where none are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", help="numbers with commas (default: 1,2,4 on a CPU, doubling to all GPUs)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -40,24 +50,38 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one object")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.rank:
-        return rank(json.loads(options.rank))
-    result = measure(options)
-    print(json.dumps(result, indent=1) if options.json else table(result))
-    return 0 if result["rows"] else 1
+        return options
+    import torch
+
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    options.places = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
+    counts = options.processes or "1,2,4"
+    if not all(count.strip().isdecimal() and int(count) for count in counts.split(",")):
+        parser.error(f"--processes {counts}: give whole numbers above 0 with commas, such as 1,2,4")
+    doubling = [2**power for power in range(options.places.bit_length())]
+    options.processes = (
+        doubling if options.device == "cuda" and not options.processes else [*map(int, counts.split(","))]
+    )
+    if options.device == "cuda" and max(options.processes) > options.places:
+        parser.error(f"--processes {max(options.processes)}: torch sees {options.places} GPUs")
+    options.parallel = options.parallel.split(",")
+    if unknown := [kind for kind in options.parallel if kind not in ("ddp", "fsdp")]:
+        parser.error(f"--parallel: no {', '.join(map(repr, unknown))}; there are ddp, fsdp")
+    if min(options.rounds, 1 if options.batch is None else options.batch) < 1:
+        parser.error("--rounds and --batch are 1 at least")
+    return options
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every number of processes, for each kind of parallel training."""
     import torch
 
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    places = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
-    counts = [1, 2, 4] if device == "cpu" else [2**power for power in range(places.bit_length()) if 2**power <= places]
-    if options.processes:
-        counts = [int(word) for word in options.processes.split(",")]
-    large = device == "cuda"
+    device, places, large = options.device, options.places, options.device == "cuda"
     spec = {
         "work": "mae", "device": device, "precision": "bf16" if large else "fp32", "threads": None if large else 1,
         "model": options.model or ("vit_large_patch16_224" if large else "vit_tiny_patch16_224"), "compile": large,
@@ -65,9 +89,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    for parallel in options.parallel.split(","):
+    for parallel in options.parallel:
         first = None
-        for count in counts:
+        for count in options.processes:
             row = together(spec | {"parallel": parallel} if parallel != "ddp" else spec, count)
             if "skipped" in row:
                 skipped[f"{parallel}, {count} processes"] = row["skipped"]
@@ -148,13 +172,16 @@ def rank(spec: dict[str, Any]) -> int:
             times[name].append(slowest(step, spec["world"], spec["device"]))
     whole = median(times["whole"])
     if int(os.environ["RANK"]) == 0:
-        made = {"step": whole, "spread": (max(times["whole"]) - min(times["whole"])) / whole}
+        apart = (max(times["whole"]) - min(times["whole"])) / whole
+        made = {"step": whole, "spread": apart if spec["rounds"] > 1 else None}
         if training.alone:
             compute = median(times["compute"])
             made |= {"compute": compute, "communication": max(0.0, whole - compute) * (spec["world"] > 1)}
         rate = spec["world"] * spec["batch"] / whole
         print(
-            json.dumps({"images_per_second": round(rate, 3)} | {key: round(value, 5) for key, value in made.items()}),
+            json.dumps(
+                {"images_per_second": round(rate, 3)} | {key: value and round(value, 5) for key, value in made.items()}
+            ),
             flush=True,
         )
     if torch.distributed.is_initialized():

@@ -5,10 +5,15 @@ python benchmarks/step.py --all --mae DIR --simmim DIR --vicreg DIR --solo-learn
 
 Each competitor is a process of its own, as its users would start it (its model, loss and optimizer; selfsight's is what `selfsight
 pretrain` assembles), and two of them, selfsight and a peer, take rounds of steps in turn. Ratios are medians over those pairs of
-theirs / ours (above 1: selfsight is faster), `spread` the largest minus the smallest; on a CPU also of CPU time, which other work on
-the machine disturbs less. Peak memory is that of a step after others: on a GPU of torch's allocator, on a CPU what is resident above
+theirs / ours (above 1: selfsight is faster), `spread` the largest minus the smallest (null of one pair); on a CPU also of CPU
+time, which other work on the machine disturbs less. Peak memory is that of a step after others: on a GPU of torch's allocator, on a CPU what is resident above
 the imports. FLOPs are those of products, convolutions and attentions in a step, counted; MFU is their rate as a share of the
 machine's own matrix product, measured in the same run. Peers whose loop takes the gradient's norm take it here too.
+
+vicreg-loss-2048 and -8192 are VICReg's loss without a model, forward and backward, of embeddings of that width; `--work vicreg-loss`
+is both. What follows a colon is a variant of a peer, timed with it: `explicit` computes attention by two products and a softmax in
+place of torch's fused kernel (mae as it was released; lightly and transformers only in bf16 on a CPU, where fused is the slower
+one by far), `simmim:rpb` has the relative position biases and layer scale of its released recipe.
 
 Installable peers: pip install 'selfsight[bench]'. The others are folders, taken as they are: clones of facebookresearch/mae (--mae),
 vturrisi/solo-learn (--solo-learn), microsoft/SimMIM (--simmim) and facebookresearch/vicreg (--vicreg). Who cannot be run is
@@ -191,7 +196,7 @@ def report(each: dict[str, Any], pairs: dict[str, tuple[list[Round], list[Round]
     made["memory_ratios"] = {}
     for rival, (mine, others) in pairs.items():
         middle, spread = ratio([one.wall for one in mine], [one.wall for one in others])
-        made["ratios"][rival], made["spread"][rival] = round(middle, 3), round(spread, 3)
+        made["ratios"][rival], made["spread"][rival] = round(middle, 3), spread if spread is None else round(spread, 3)
         if device == "cpu":
             middle, _ = ratio([one.cpu for one in mine], [one.cpu for one in others])
             made["ratios_cpu_time"][rival] = round(middle, 3)
@@ -246,7 +251,8 @@ def table(found: list[dict[str, Any]]) -> str:
     for one in found:
         for who, facts in one.get("each", {}).items():
             memory = f"{facts['peak_memory'] / 1e9:7.2f}" if facts["peak_memory"] else "      -"
-            ratios = f"{one['ratios'][who]:8.2f}{one['spread'][who]:8.2f}" if who in one["ratios"] else ""
+            ratios = f"{one['ratios'][who]:8.2f}" if who in one["ratios"] else ""
+            ratios += f"{one['spread'][who]:8.2f}" if one["spread"].get(who) is not None else ""
             lines.append(
                 f"{one['work']:18}{who:16}{facts['images_per_second']:10.2f}{facts['mfu']:7.1%}{memory}{ratios}"
             )

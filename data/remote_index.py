@@ -18,7 +18,7 @@ from selfsight.data.index import Records, Walked, cache_folder, read_records, wa
 from selfsight.data.remote import IN_FLIGHT, MOST, key_of
 from selfsight.data.store import Address, Changed, Object, Refused, Store, Unfit, open_store, patiently
 from selfsight.data.targets import SUFFIX
-from selfsight.errors import DataError, DataGone, StorageError
+from selfsight.errors import DataError, DataGone, NoShards, StorageError
 
 PATIENCE = 5.0  # seconds, at the start of a run, where a person waits and an address may be misspelt
 _WALKING = threading.Semaphore(2)  # each has a copy of a shard on the disk
@@ -30,7 +30,8 @@ def looked_at(addresses: Sequence[Address]) -> list[tuple[Object, Path]]:
     """What each shard is now, and the local file of its index.
 
     Raises:
-        DataError: shards that are missing (all of them are listed) or refused, or that hold no samples.
+        NoShards: shards that are missing; all of them are listed.
+        DataError: shards that are refused, or that hold no samples.
         DataGone: a store that cannot be reached.
     """
     disk_cache()  # a size that is no number is better known now than by a worker
@@ -39,7 +40,7 @@ def looked_at(addresses: Sequence[Address]) -> list[tuple[Object, Path]]:
         found = [look.result() for look in looks]
         lost = [str(one) for one, seen in zip(addresses, found, strict=True) if seen is None]
         if lost:
-            raise DataError(
+            raise NoShards(
                 f"{len(lost)} of {len(found)} shards are missing: {', '.join(lost[:8])}{' ...' if lost[8:] else ''}"
             )
         seen = [one for one in found if one is not None]

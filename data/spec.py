@@ -12,7 +12,7 @@ from braceexpand import braceexpand
 from selfsight.data import digits
 from selfsight.data.index import IMAGE_SUFFIXES
 from selfsight.data.store import TOTAL, WEB, Address, Refused, open_store, patiently, remote
-from selfsight.errors import DataError, DataGone, UsageError
+from selfsight.errors import DataError, DataGone, NoShards, UsageError
 from selfsight.redact import redact
 
 MOST_SHARDS, MOST_LETTERS = 1_000_000, 4096
@@ -28,7 +28,8 @@ def find_shards(spec: str | Sequence[str]) -> list[Path | Address]:
             as `digits:train`.
 
     Raises:
-        DataError: nothing matches, or named files are missing (all of them are listed).
+        NoShards: nothing matches, or named files are missing (all of them are listed).
+        DataError: a folder without shards, a shard that is named twice, or a store that cannot be listed.
         DataGone: a store that is to be listed cannot be reached.
         UsageError: a kind of address that is not read, or one that cannot be.
     """
@@ -42,7 +43,7 @@ def find_shards(spec: str | Sequence[str]) -> list[Path | Address]:
             shards += [shard for pattern in _patterns(part) for shard in _expand(_path(pattern))]
     lost = [str(shard) for shard in shards if isinstance(shard, Path) and not shard.is_file()]
     if lost:
-        raise DataError(
+        raise NoShards(
             f"{len(lost)} of {len(shards)} shards are missing: {', '.join(lost[:8])}{' ...' if lost[8:] else ''}"
         )
     if len(set(shards)) < len(shards):
@@ -102,7 +103,7 @@ def _expand(path: Path) -> list[Path]:
     if glob.has_magic(str(path)):
         found = sorted(Path(match) for match in glob.glob(str(path)))
         if not found:
-            raise DataError(f"{path}: no shards match")
+            raise NoShards(f"{path}: no shards match")
         return found
     return [path]
 
@@ -127,5 +128,5 @@ def _listed(address: Address) -> list[Address]:
     except OSError as error:
         raise DataGone(f"{address}: cannot be reached ({error.strerror}); run the same command when it can") from None
     if not found:
-        raise DataError(f"{pattern}: no shards match")
+        raise NoShards(f"{pattern}: no shards match")
     return found

@@ -178,6 +178,7 @@ def test_what_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, t
 
 def test_ratios_are_of_pairs() -> None:
     assert paired.ratio([1.0, 2.0, 4.0], [2.0, 3.0, 4.0]) == (1.5, 1.0)
+    assert paired.ratio([2.0], [3.0]) == (1.5, None)
     order: list[str] = []
     ask = lambda name, wall: SimpleNamespace(ask=lambda _: order.append(name) or {"wall": wall, "cpu": 1.0})  # noqa: E731
     mine, others, why = paired.in_turn(ask("ours", 1.0), ask("theirs", 2.0), 9, 0.0)  # type: ignore[arg-type]
@@ -263,6 +264,48 @@ def test_absent_libraries_have_stand_ins() -> None:
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, absent.Finder)]
 
 
+def test_one_pair_has_no_spread() -> None:
+    facts = {"images_per_second": 1.0, "mfu": 0.1, "peak_memory": None, "attention": None}
+    pair = [paired.Round(2.0, 2.0)], [paired.Round(3.0, 3.0)]
+    found = step.report({step.OURS: {**facts}, "mae": {**facts}}, {"mae": pair}, "cpu")
+    assert found["ratios"] == {"mae": 1.5} and found["spread"] == {"mae": None}
+    assert step.table([found | {"work": "mae", "skipped": {}}]).endswith("    1.50")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cuda"], "--device cuda: torch sees no GPU"),
+        (["--processes", "foo"], "--processes foo: give whole numbers above 0 with commas"),
+        (["--processes", "1,0"], "--processes 1,0: give whole numbers"),
+        (["--processes", "1,,2"], "--processes 1,,2: give whole numbers"),
+        (["--parallel", "ddp,zero"], "--parallel: no 'zero'; there are ddp, fsdp"),
+        (["--rounds", "0"], "--rounds and --batch are 1 at least"),
+        (["--batch", "0"], "--rounds and --batch are 1 at least"),
+    ],
+)
+def test_scaling_says_what_it_cannot_do(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        scaling.parse(words)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_scaling_counts_what_is_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert scaling.parse([]).processes == [1, 2, 4]
+    asked = scaling.parse(["--processes", "1, 3", "--parallel", "fsdp"])
+    assert (asked.processes, asked.parallel) == ([1, 3], ["fsdp"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    assert scaling.parse([]).processes == [1, 2, 4] and scaling.parse([]).places == 6
+    with pytest.raises(SystemExit):
+        scaling.parse(["--processes", "8"])
+    assert "--processes 8: torch sees 6 GPUs" in capsys.readouterr().err
+
+
 def test_efficiency_is_of_one_processs_rate() -> None:
     row, first = {"processes": 4, "images_per_second": 6.0}, {"processes": 1, "images_per_second": 2.0}
     assert scaling.efficiency(row, first, 2) == {"efficiency": 0.75, "efficiency_of_cores": 1.5}
@@ -308,6 +351,15 @@ def test_without_a_gpu_one_line_says_so(
     told = capsys.readouterr()
     assert ended.value.code == 2 and told.err.count("\n") == 1 and "no GPU" in told.err and not told.out
     assert (tmp_path / "shards.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--only", "--again"])
+def test_a_part_that_is_not_there_is_told(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        options_of(monkeypatch, "--dry-run", "--out", str(tmp_path), option, "nosuch")
+    assert ended.value.code == 2 and f"{option}: no nosuch; there are " in capsys.readouterr().err
 
 
 def test_parts_are_kept_and_one_that_fails_stops_nothing(

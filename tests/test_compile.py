@@ -143,7 +143,7 @@ def test_cuda_graphs_are_asked_for_where_they_can_work(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "set compile too"),
+        ({}, "train: cuda_graphs needs compile: --train.compile true"),
         ({"train.compile": True, "train.accumulate": 2}, "must not outlive a replay"),
         ({"train.compile": True, "train.checkpoint_blocks": True}, "must not outlive a replay"),
     ],

@@ -1,7 +1,8 @@
 """From a recipe to the parts of a run, and from the parts to a checkpoint and back."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
@@ -26,7 +27,7 @@ from selfsight.data.placer import Placer
 from selfsight.data.shards import Shards
 from selfsight.data.stats import fill_in
 from selfsight.encoder import Encoder, build_encoder, preprocessing_of
-from selfsight.errors import StorageError, UsageError
+from selfsight.errors import NoShards, StorageError, UsageError
 from selfsight.eval.evaluate import scorable_sets
 from selfsight.objectives import build_objective
 from selfsight.objectives.base import Objective, Setting
@@ -197,8 +198,19 @@ def libraries() -> dict[str, str]:
 def open_samples(data: DataConfig) -> Samples:
     """The one set of a recipe, or its mixture."""
     if data.train is not None:
-        return Shards(data.train, data.block)
-    return Mixture([Shards(part.train, data.block) for part in data.mix], [part.weight for part in data.mix])
+        with asked_for("data.train", "say where yours are: --data.train PATH"):
+            return Shards(data.train, data.block)
+    with asked_for("data.mix", "say where yours are: --data.mix '[{train: PATH}, ...]'"):
+        return Mixture([Shards(part.train, data.block) for part in data.mix], [part.weight for part in data.mix])
+
+
+@contextmanager
+def asked_for(field: str, advice: str) -> Iterator[None]:
+    """Of shards that are not there, say which field asks for them and what to do."""
+    try:
+        yield
+    except NoShards as error:
+        raise NoShards(f"{field}: {error}; {advice}") from None
 
 
 def has_planes(samples: Samples, made: Preprocessing) -> bool | None:
@@ -248,7 +260,8 @@ def assemble(
     if len(shards) < batch:
         raise UsageError(f"train.batch_size: {batch} images, but {shards.spec} has only {len(shards)}")
     if recipe.eval.train:  # what cannot be scored is better known before the training than after it
-        scorable_sets(recipe.eval.train, recipe.eval.test or recipe.eval.train, recipe.eval.k)
+        with asked_for("eval", "say where yours are (--eval.train, --eval.test), or set both to null: no scores"):
+            scorable_sets(recipe.eval.train, recipe.eval.test or recipe.eval.train, recipe.eval.k)
     if recipe.data.fast_decode and not jpeg.library():
         raise UsageError("data.fast_decode: needs simplejpeg: pip install 'selfsight[fast]'")
     if recipe.data.decode == "device":

@@ -25,6 +25,10 @@ class DataError(SelfsightError):
     exit_code = 65
 
 
+class NoShards(DataError):
+    """Shards that are named and not there."""
+
+
 class NumericError(SelfsightError):
     """A non-finite loss or gradient."""
 

@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from selfsight.objectives import OBJECTIVES
 from selfsight.recipe import Recipe
-from selfsight.section import field_names
+from selfsight.section import field_names, kind
 
 _INDENT = 6
 
@@ -47,19 +47,8 @@ def _described(model: type[BaseModel], prefix: str, skip: str = "") -> Iterator[
         if name == skip:
             continue
         default = "required" if field.default is PydanticUndefined else f"default {_plain(field.default)}"
-        yield f"  --{name}  ({_kind(field.annotation)}; {default})"
+        yield f"  --{name}  ({kind(field.annotation)}; {default})"
         yield textwrap.fill(field.description or "", 110, initial_indent=" " * _INDENT, subsequent_indent=" " * _INDENT)
-
-
-def _kind(annotation: Any) -> str:
-    text = (
-        annotation.__name__
-        if isinstance(annotation, type) and not getattr(annotation, "__args__", None)
-        else str(annotation)
-    )
-    if text.startswith("dict["):
-        return "a mapping"
-    return text.replace("typing.", "").replace("Literal", "one of ").replace(" | None", " or null")
 
 
 def _plain(value: Any) -> str:

@@ -216,13 +216,13 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either epochs or steps")
+            raise ValueError("give either epochs or steps (beside a recipe's own epochs: --train.epochs null)")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if self.deterministic and self.compile:
             raise ValueError("deterministic and compile: compiled blocks round in another way; choose one")
         if self.cuda_graphs and not self.compile:
-            raise ValueError("cuda_graphs: are those of compiled blocks; set compile too")
+            raise ValueError("cuda_graphs needs compile: --train.compile true")
         if self.cuda_graphs and (self.accumulate > 1 or self.checkpoint_blocks is True):
             raise ValueError(
                 "cuda_graphs: gradients and blocks must not outlive a replay; leave out accumulate and checkpoint_blocks"

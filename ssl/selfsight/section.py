@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,9 +25,16 @@ def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 def explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> Iterator[str]:
     """What is wrong with each field, in a line, with the nearest right names."""
+    # pydantic has a problem for each kind that such a field takes: `train.checkpoint_blocks.bool`.
+    mixed = {prefix + name: field for name, field in field_names(model, "") if len(_kinds(field.annotation)) > 1}
+    told: set[str] = set()
     for problem in error.errors():
         name = prefix + ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
+        if union := next((known for known in mixed if name.startswith(f"{known}.")), ""):
+            if union not in told:
+                yield f"{union}: must be {kind(mixed[union].annotation)}, not {problem['input']!r}"
+            told.add(union)
+        elif problem["type"] == "extra_forbidden":
             known = [prefix + field for field, _ in field_names(model)]
             known += ["objective.name"] if not prefix else []
             near = get_close_matches(name, known, 3, 0.6) or [
@@ -41,3 +49,29 @@ def explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> Iter
             message = problem["msg"].removeprefix("Value error, ")
             value = problem["input"] if isinstance(problem["input"], str | int | float | bool | list | None) else None
             yield f"{name or 'recipe'}: {message}" + (f", not {value!r}" if value is not None else "")
+
+
+def kind(annotation: Any) -> str:
+    """What a field takes, in words: `one of ['ddp', 'fsdp']`, `int or null`, `auto, true or false`."""
+    if kinds := _kinds(annotation):
+        null = [NoneType] * (NoneType in get_args(annotation))
+        *words, last = [word for one in (*kinds, *null) for word in _words(one)]
+        return f"{', '.join(words)} or {last}"
+    if get_origin(annotation) is dict:
+        return "a mapping"
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "").replace("Literal", "one of ")
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The parts of a union, but for null."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return tuple(part for part in parts if part is not NoneType)
+
+
+def _words(part: Any) -> list[str]:
+    """What to write for a part of a union."""
+    if get_origin(part) is Literal:
+        return [str(value) for value in get_args(part)]
+    return {bool: ["true", "false"], NoneType: ["null"]}.get(part) or [kind(part)]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from selfsight.bench_timed import within_noise
+from selfsight.bench_timed import UNSTEADY, within_noise
 from selfsight.bench_trials import Trial
 from selfsight.console import say, table
 from selfsight.doctor import duration
@@ -62,6 +62,11 @@ def as_object(found: "Found") -> dict[str, Any]:
         "faster": found.best,
         "notes": found.notes,
     }
+
+
+def named(change: Mapping[str, Any]) -> str:
+    """A change as a person reads it."""
+    return ", ".join(f"{name} {_value(value)}" for name, value in change.items())
 
 
 def _options(change: Mapping[str, Any]) -> list[str]:
@@ -146,13 +151,12 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
 def _switches(told: dict[str, Any]) -> None:
     rows = [["as it is", _rate(told["images_per_second"]), "1.00", _percent(told["spread"]), "", ""]]
     for trial in told["trials"]:
-        name = ", ".join(f"{field} {_value(value)}" for field, value in trial["change"].items())
+        name = named(trial["change"])
         if "why_not" in trial:
             rows.append([name, "", "", "", "", trial["why_not"]])
             continue
-        words = ["within noise"] * trial["within_noise"] + ["changes what is learned"] * trial[
-            "changes_what_is_learned"
-        ]
+        words = ["unsteady"] * (trial["spread"] > UNSTEADY) + ["within noise"] * trial["within_noise"]
+        words += ["changes what is learned"] * trial["changes_what_is_learned"]
         memory = "" if trial["memory"] is None else f"{trial['memory'] / 1024:,.1f}"
         rate, spread = _rate(trial["images_per_second"]), _percent(trial["spread"])
         rows.append([name, rate, f"{trial['ratio']:.2f}", spread, memory, "; ".join(words)])

@@ -209,6 +209,7 @@ def test_a_person_reads_what_a_script_does(recipe: Recipe, capsys: pytest.Captur
     assert "no compiler" in rows["train.compile true"]
     assert "selfsight pretrain digits/mae --train.workers 2 --train.compile true" in shown
     assert "25.0%: 2 GFLOP an image" in rows["MFU"]
+    assert "a peak of 1.0 of 4.0 GiB, in steps of 8 images" in rows["memory"]
 
 
 EVERYWHERE = Situation(True, 8, 4, 2, "fp32", True, True, True, True)
@@ -662,7 +663,8 @@ def test_random_images_need_no_data(
     assert told["hours"] is None and told["epochs"] is None and told["hours_per_million_images"] > 0
     assert "random images" in told["notes"][0]
     assert cli.main([*words, *given, "--json"]) == 65
-    assert "/nowhere/x.tar" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "/nowhere/x.tar" in told and "--synthetic times the recipe with random images" in told
 
 
 def test_random_images_are_as_large_as_they_are_asked_for(recipe: Recipe) -> None:
@@ -684,6 +686,31 @@ def test_wrong_words_are_told_as_by_other_commands(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         cli.main(["bench", "digits/mae", "--seconds", "soon"])
     assert "'soon' is not a whole number" in capsys.readouterr().err
+    for words, option in (["--synthetc"], "--synthetic"), (["--second", "5"], "--seconds"), (["--jso=1"], "--json"):
+        assert cli.main(["bench", "digits/mae", *words]) == 2
+        assert f"no such option; did you mean {option}?" in capsys.readouterr().err
+    assert cli.main(["pretrain", "digits/mae", "--second", "5"]) == 2
+    assert "--seconds" not in capsys.readouterr().err
+    assert cli.main(["bench", "nosuch"]) == 2
+    assert capsys.readouterr().err == "selfsight: nosuch: no such recipe; `selfsight recipes` lists all\n"
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "digits/mae", "cifar10/mae"])
+    told = capsys.readouterr().err
+    assert "usage: selfsight bench RECIPE" in told and "unrecognized arguments: cifar10/mae" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they are possible")
+def test_what_pretrain_refuses_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words, "--train.compile", "true", "--train.cuda_graphs", "true"]) == 2
+    assert "train.cuda_graphs: are a GPU's; leave it off on a CPU" in capsys.readouterr().err
+
+
+def test_the_proposed_command_names_a_field_once(recipe: Recipe) -> None:
+    told = "digits/mae --train.checkpoint_blocks true --data.train 'a b'"
+    best = {"train.checkpoint_blocks": "auto", "train.workers": 2}
+    assert as_object(found_of(recipe, told=told, best=best))["command"] == (
+        "selfsight pretrain digits/mae --train.checkpoint_blocks auto --data.train 'a b' --train.workers 2"
+    )
 
 
 def test_an_interruption_ends_it_at_once(

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from selfsight.backward import Averaged
 from selfsight.bench_cadence import cadence
-from selfsight.bench_look import few_images, first_look, loader_rate
+from selfsight.bench_look import Probe, few_images, first_look, loader_rate
 from selfsight.bench_search import ALONE, BASE, LOADER, PEAK, SCORING, Budget, fitting, measured_as, try_all
 from selfsight.bench_step import Built, build, changed, time_steps
 from selfsight.bench_switches import SWITCHES, situation
@@ -22,7 +22,7 @@ from selfsight.bench_trials import Trial, helpful, largest_micro_batch
 from selfsight.console import progress
 from selfsight.data.synthetic import synthetic
 from selfsight.doctor import faster_data
-from selfsight.errors import PeerLost
+from selfsight.errors import DataError, PeerLost
 from selfsight.exports.card import hardware_of
 from selfsight.footprint import total_memory
 from selfsight.peers import Peers
@@ -30,6 +30,7 @@ from selfsight.precision import resolve
 from selfsight.processes import join, loader_workers
 from selfsight.recipe import Recipe
 from selfsight.speed import matmul_peak
+from selfsight.switches import require_graphs
 KEEPS_UP = 0.5  # share of a step in which the loader alone makes a batch, below which it is not what is slow
 
 
@@ -61,8 +62,9 @@ def bench(recipe: Recipe, wish: Wish = PLAIN, as_json: bool = False) -> int:
         recipe = changed(recipe, given)
         notes.append("random images instead of the recipe's data: how fast those are read is not known; no evaluation")
     accelerator = join(recipe)
+    require_graphs(recipe, accelerator.device)  # before what they need is left out
     if recipe.train.compile and accelerator.device.type == "cpu" and not wish.compiles:
-        recipe = changed(recipe, {"train.compile": False, "train.cuda_graphs": False})
+        recipe = changed(recipe, {"train.compile": False})
         notes.append("train.compile is left out, since it takes a minute on a CPU; --compile times it")
     with Peers(accelerator, recipe.train.timeout) as peers:
         try:
@@ -128,7 +130,7 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         bar(0, "the machine")
         peak = matmul_peak(device, torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32, PEAK * seconds)
         bar(5, "the model")
-        look = first_look(recipe, accelerator)
+        look = look_at(recipe, accelerator, wish)
         built = build(recipe, accelerator, threads)
         host = few_images(built, look.images)
         bar(5, "the loader")
@@ -160,6 +162,16 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         own.train.batch_size, base, every, loader * accelerator.num_processes, look.flops_per_image, peak,
         total_memory(device), None if unknown else steps, None if wish.synthetic else epochs, trials, helpful(trials, base), notes,
     )  # fmt: skip
+
+
+def look_at(recipe: Recipe, accelerator: Accelerator, wish: Wish) -> Probe:
+    """The first look, which is the first to need the data."""
+    try:
+        return first_look(recipe, accelerator)
+    except DataError as error:
+        if wish.synthetic:
+            raise
+        raise DataError(f"{error.told}\n--synthetic times the recipe with random images instead") from error
 
 
 def advice(built: Built, base: Timed, trials: list[Trial], loader: float, wish: Wish) -> list[str]:

@@ -1,5 +1,6 @@
 """What `selfsight bench` has found, as one object and for a person."""
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def as_object(found: "Found") -> dict[str, Any]:
         "hours_per_million_images": 1e6 / recipe.train.batch_size * step / 3600,
         "bound": "data" if base.data_bound else "compute",
         "trials": [_trial(trial, found) for trial in found.trials],
-        "command": redact(f"selfsight pretrain {' '.join([found.told, *_options(found.best)])}"),
+        "command": redact(f"selfsight pretrain {_words(found.told, found.best)}"),
         "faster": found.best,
         "notes": found.notes,
     }
@@ -69,8 +70,12 @@ def named(change: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {_value(value)}" for name, value in change.items())
 
 
-def _options(change: Mapping[str, Any]) -> list[str]:
-    return [f"--{name} {_value(value)}" for name, value in change.items()]
+def _words(told: str, best: Mapping[str, Any]) -> str:
+    """The words that were given, `RECIPE --name value ...`, with better values in place of their own."""
+    recipe, *given = shlex.split(told)
+    fields = dict(zip([name.removeprefix("--") for name in given[::2]], given[1::2], strict=True))
+    fields |= {name: _value(value) for name, value in best.items()}
+    return shlex.join([recipe, *(word for name, value in fields.items() for word in (f"--{name}", value))])
 
 
 def _trial(trial: Trial, found: "Found") -> dict[str, Any]:
@@ -142,7 +147,7 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
             "MFU",
             f"{100 * told['mfu']:.1f}%: {gflops:,.3g} GFLOP an image, {peak:,.3g} TFLOP/s a device in a large product",
         ],
-        ["memory", f"{memory['peak'] / 1024:,.1f}{total} GiB at most, in steps of {told['timed_batch_size']:,} images"],
+        ["memory", f"a peak of {memory['peak'] / 1024:,.1f}{total} GiB, in steps of {told['timed_batch_size']:,} images"],
         ["the run", f"{hours}{length}; a million images take {duration(3600 * told['hours_per_million_images'])}"],
         ["of its time", every],
     ]

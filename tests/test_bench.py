@@ -530,7 +530,10 @@ def test_what_keeps_figures_from_being_sure_is_told(built: Built) -> None:
     assert "an extrapolation: a step of 8 images" in few[0] and "steps of 2 were timed" in few[0]
     [noisy] = advice(built, timed(1.0, spread=0.3), [], 9.0, PLAIN)
     assert "varies by 30% either way" in noisy
-    trials = [Trial({"train.threads": 2}, False, timed(2.0, spread=0.44)), Trial({"train.workers": 0}, False, timed(1.1))]
+    trials = [
+        Trial({"train.threads": 2}, False, timed(2.0, spread=0.44)),
+        Trial({"train.workers": 0}, False, timed(1.1)),
+    ]
     [shaky] = advice(built, timed(1.0), trials, 9.0, PLAIN)
     assert "the speed of train.threads 2 varies by more than 10%" in shaky
 

@@ -31,6 +31,7 @@ from selfsight.processes import join, loader_workers
 from selfsight.recipe import Recipe
 from selfsight.speed import matmul_peak
 from selfsight.switches import require_graphs
+
 KEEPS_UP = 0.5  # share of a step in which the loader alone makes a batch, below which it is not what is slow
 
 

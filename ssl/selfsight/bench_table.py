@@ -147,7 +147,10 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
             "MFU",
             f"{100 * told['mfu']:.1f}%: {gflops:,.3g} GFLOP an image, {peak:,.3g} TFLOP/s a device in a large product",
         ],
-        ["memory", f"a peak of {memory['peak'] / 1024:,.1f}{total} GiB, in steps of {told['timed_batch_size']:,} images"],
+        [
+            "memory",
+            f"a peak of {memory['peak'] / 1024:,.1f}{total} GiB, in steps of {told['timed_batch_size']:,} images",
+        ],
         ["the run", f"{hours}{length}; a million images take {duration(3600 * told['hours_per_million_images'])}"],
         ["of its time", every],
     ]

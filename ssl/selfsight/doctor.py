@@ -302,7 +302,9 @@ def faster_data(parts: Parts, batches: Batches, more_workers: bool = True) -> st
     if body.startswith(jpeg.START) and jpeg.library() is None:
         return "pip install 'selfsight[fast]' decodes JPEGs a third faster"
     smaller = ["shards built with --short-side"] * (plain and not small)
-    return ", or ".join(["more train.workers"] * more_workers + smaller) or "more cores, which workers and training share"
+    return (
+        ", or ".join(["more train.workers"] * more_workers + smaller) or "more cores, which workers and training share"
+    )
 
 
 def timed_steps(parts: Parts, batches: Batches, accelerator: Accelerator) -> float:

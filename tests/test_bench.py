@@ -548,7 +548,10 @@ def test_advice_on_data_follows_from_what_was_timed(built: Built, recipe: Recipe
 
     more, others = ({"train.workers": number} for number in (2, 0))
     shared = told(1, [Trial(more, False, slower), Trial(others, False, slower)], 100 / 0.15)
-    assert "makes a batch in 15% of a step: workers and training share the cores" in shared
+    assert "workers and training share the cores, since alone the loader makes a batch in 15% of a step" in shared
+    assert "no other number of either that was tried is faster" in shared
+    assert "more --seconds compare other train.workers" in told(1, [Trial(more, False, None, "no time")], 100 / 0.15)
+    assert told(1, [Trial({"train.threads": 2}, False, faster)], 1000.0).endswith("train.threads 2 shortens that")
     assert told(1, [Trial(more, False, faster)], 100 / 0.15).endswith("train.workers 2 shortens that")
     assert "share" not in told(1, [], 110.0) and "share the cores" not in told(0, [], 1000.0)
     assert "more train.workers" not in told(1, [Trial(more, False, slower)], 110.0)

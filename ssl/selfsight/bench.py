@@ -32,6 +32,7 @@ from selfsight.recipe import Recipe
 from selfsight.speed import matmul_peak
 from selfsight.switches import require_graphs
 
+SHARING = {"train.workers", "train.threads"}  # say who has the cores
 KEEPS_UP = 0.5  # share of a step in which the loader alone makes a batch, below which it is not what is slow
 
 
@@ -205,14 +206,16 @@ def advice(built: Built, base: Timed, trials: list[Trial], loader: float, wish: 
 
 def of_data(built: Built, base: Timed, trials: list[Trial], loader: float) -> str:
     """What would shorten the wait for data, as far as what was timed does not contradict it."""
-    gains = {name: value for name, value in helpful(trials, base).items() if name in SWITCHES and SWITCHES[name].data}
+    gains = {name: value for name, value in helpful(trials, base).items() if SWITCHES[name].data or name in SHARING}
     if gains:
         return f"{named(gains)} shortens that"
     workers, share = loader_workers(built.parts.recipe), base.images_per_second / built.world / loader
     if workers and share < KEEPS_UP:
+        tried = any(trial.timed and not SHARING.isdisjoint(trial.change) for trial in trials)
+        best = "no other number of either that was tried is faster; more cores may help"
         return (
-            f"not for want of speed, since the loader alone makes a batch in {100 * share:.0f}% of a step: workers and training "
-            "share the cores; take what is fastest of train.workers and train.threads in the table, or more cores"
+            f"workers and training share the cores, since alone the loader makes a batch in {100 * share:.0f}% of a step; "
+            + (best if tried else "more --seconds compare other train.workers and train.threads")
         )
     more = [trial for trial in trials if trial.timed and trial.change.get("train.workers", 0) > workers]
     return faster_data(built.parts, built.parts.batches(), more_workers=not more)

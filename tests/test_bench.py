@@ -198,15 +198,18 @@ def test_a_person_reads_what_a_script_does(recipe: Recipe, capsys: pytest.Captur
         Trial({"train.workers": 2}, False, timed(150.0)),
         Trial({"train.precision": "bf16"}, True, timed(102.0)),
         Trial({"train.compile": True}, False, None, "no compiler"),
+        Trial({"train.threads": 2}, False, timed(206.0, spread=0.44)),
     ]
     show(as_object(found_of(recipe, trials=trials, best={"train.workers": 2, "train.compile": True})))
     shown = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
     assert "1.50" in rows["train.workers 2"] and "noise" not in rows["train.workers 2"]
     assert "within noise; changes what is learned" in rows["train.precision bf16"]
+    assert "44%" in rows["train.threads 2"] and "unsteady" in rows["train.threads 2"]
     assert "no compiler" in rows["train.compile true"]
     assert "selfsight pretrain digits/mae --train.workers 2 --train.compile true" in shown
     assert "25.0%: 2 GFLOP an image" in rows["MFU"]
+    assert "a peak of 1.0 of 4.0 GiB, in steps of 8 images" in rows["memory"]
 
 
 EVERYWHERE = Situation(True, 8, 4, 2, "fp32", True, True, True, True)
@@ -315,6 +318,71 @@ def test_what_helps_is_the_best_of_each_that_learns_the_same() -> None:
     assert helpful(trials, base) == both
     assert helpful([*trials, Trial(both, False, timed(130.0), together=True)], base) == {"train.workers": 2}
     assert helpful([*trials, Trial(both, False, timed(150.0), together=True)], base) == both
+
+
+def test_parts_of_unsteady_times_must_not_overlap() -> None:
+    shaky = timed(200.0, spread=0.44)  # from 112
+    assert not within_noise(shaky, timed(100.0)) and not within_noise(timed(100.0), shaky)
+    assert within_noise(shaky, timed(100.0)._replace(rates=(100.0, 100.0, 115.0)))
+    drifted = timed(100.0).and_again(timed(220.0))
+    assert within_noise(timed(206.0), drifted) and within_noise(shaky, drifted)
+
+
+def tried_by(
+    built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, rates: dict[str, list[float]], left: float = 60.0
+) -> tuple[list[Trial], Timed, list[str]]:
+    """What try_all makes of these rates: of each switch, of several together, and of the recipe as it is (`again`)."""
+    later, asked, begun = {name: iter(several) for name, several in rates.items()}, list[str](), [0.0]
+
+    def next_of(name: str) -> Timed:
+        asked.append(name)
+        return timed(next(later[name]))
+
+    def run(made: Built, own: Recipe, change: dict[str, Any], seconds: float) -> Trial:
+        return Trial(change, False, next_of(" ".join(name.split(".")[1] for name in change)))
+
+    monkeypatch.setattr(subject, "run", run)
+    monkeypatch.setattr(subject, "time_steps", lambda *_: next_of("again"))
+    changes: list[dict[str, Any]] = [{f"train.{name}": 2} for name in rates if name != "again" and " " not in name]
+    monkeypatch.setattr(subject, "candidates", lambda recipe, now: changes)
+    budget = Budget(60.0, lambda: begun[0])
+    begun[0] = 60.0 - left
+    trials, base = try_all(built, recipe, timed(100.0), EVERYWHERE, budget, lambda *_: None)
+    return trials, base, asked
+
+
+@pytest.mark.parametrize("left", [60.0, 0.01])  # late or not
+def test_what_was_faster_than_a_slow_moment_is_not_faster(
+    built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, left: float
+) -> None:
+    """The machine was slow while the recipe was timed, and twice as fast ever after."""
+    trials, base, asked = tried_by(built, recipe, monkeypatch, {"threads": [206.0], "again": [210.0]}, left)
+    assert asked == ["threads", "again"]
+    assert helpful(trials, base) == {}
+    assert as_object(found_of(recipe, trials=trials, base=base))["trials"][0]["within_noise"]
+
+
+def test_a_gain_is_seen_twice(built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    lucky = {"threads": [206.0, 58.0], "again": [100.0]}
+    trials, base, asked = tried_by(built, recipe, monkeypatch, lucky)
+    assert asked == ["threads", "again", "threads"] and helpful(trials, base) == {}
+    true = {"threads": [206.0, 200.0], "again": [100.0]}
+    trials, base, asked = tried_by(built, recipe, monkeypatch, true)
+    assert helpful(trials, base) == {"train.threads": 2} and len(trials) == 1
+    apart = {"threads": [206.0, 58.0], "workers": [150.0, 150.0], "workers threads": [90.0], "again": [100.0]}
+    trials, base, asked = tried_by(built, recipe, monkeypatch, apart)
+    assert asked == ["threads", "workers", "again", "workers threads", "threads", "workers"]
+    assert helpful(trials, base) == {"train.workers": 2}
+    both = {"threads": [206.0], "workers": [150.0], "workers threads": [250.0], "again": [100.0]}
+    trials, base, asked = tried_by(built, recipe, monkeypatch, both)
+    assert helpful(trials, base) == {"train.threads": 2, "train.workers": 2}
+
+
+def test_switches_that_fail_together_are_not_advised() -> None:
+    one, other = {"train.workers": 2}, {"train.accumulate": 2}
+    failed = Trial(one | other, False, None, "does not fit in memory", together=True)
+    alone = [Trial(one, False, timed(150.0)), Trial(other, False, timed(120.0))]
+    assert helpful([*alone, failed], timed(100.0)) == one
 
 
 def test_micro_batches_double_and_show_the_same_images(built: Built) -> None:
@@ -434,6 +502,7 @@ def test_a_slow_machine_tries_threads_and_precision_before_it_has_no_time(
     now = [0.0]
     budget = Budget(60.0, lambda: now[0])
     base, nothing = timed(100.0, images=400), lambda *_: None  # steps of four seconds
+    monkeypatch.setattr(subject, "time_steps", lambda *_: base)
     for spent, several in ((70.0, 2), (79.0, 1), (110.0, 0)):  # a switch takes 12 seconds; two may be late by 60 and 30
         now[0] = spent
         found, _ = try_all(built, recipe, base, slow, budget, nothing)  # type: ignore[arg-type]
@@ -456,11 +525,36 @@ def test_an_extrapolation_is_said(recipe: Recipe, capsys: pytest.CaptureFixture[
 
 
 def test_what_keeps_figures_from_being_sure_is_told(built: Built) -> None:
-    steady, few = advice(built, timed(1.0), PLAIN), advice(built, timed(1.0, images=2), PLAIN)
+    steady, few = advice(built, timed(1.0), [], 9.0, PLAIN), advice(built, timed(1.0, images=2), [], 9.0, PLAIN)
     assert not steady
     assert "an extrapolation: a step of 8 images" in few[0] and "steps of 2 were timed" in few[0]
-    [noisy] = advice(built, timed(1.0, spread=0.3), PLAIN)
+    [noisy] = advice(built, timed(1.0, spread=0.3), [], 9.0, PLAIN)
     assert "varies by 30% either way" in noisy
+    trials = [
+        Trial({"train.threads": 2}, False, timed(2.0, spread=0.44)),
+        Trial({"train.workers": 0}, False, timed(1.1)),
+    ]
+    [shaky] = advice(built, timed(1.0), trials, 9.0, PLAIN)
+    assert "the speed of train.threads 2 varies by more than 10%" in shaky
+
+
+def test_advice_on_data_follows_from_what_was_timed(built: Built, recipe: Recipe) -> None:
+    waits, faster, slower = timed(100.0, data=0.02, forward=0.06), timed(150.0), timed(93.0)
+
+    def told(workers: int, trials: list[Trial], loader: float) -> str:
+        made = replace(built, parts=replace(built.parts, recipe=changed(recipe, {"train.workers": workers})))
+        [note] = advice(made, waits, trials, loader, PLAIN)
+        return note
+
+    more, others = ({"train.workers": number} for number in (2, 0))
+    shared = told(1, [Trial(more, False, slower), Trial(others, False, slower)], 100 / 0.15)
+    assert "workers and training share the cores, since alone the loader makes a batch in 15% of a step" in shared
+    assert "no other number of either that was tried is faster" in shared
+    assert "more --seconds compare other train.workers" in told(1, [Trial(more, False, None, "no time")], 100 / 0.15)
+    assert told(1, [Trial({"train.threads": 2}, False, faster)], 1000.0).endswith("train.threads 2 shortens that")
+    assert told(1, [Trial(more, False, faster)], 100 / 0.15).endswith("train.workers 2 shortens that")
+    assert "share" not in told(1, [], 110.0) and "share the cores" not in told(0, [], 1000.0)
+    assert "more train.workers" not in told(1, [Trial(more, False, slower)], 110.0)
 
 
 @pytest.fixture
@@ -575,7 +669,8 @@ def test_random_images_need_no_data(
     assert told["hours"] is None and told["epochs"] is None and told["hours_per_million_images"] > 0
     assert "random images" in told["notes"][0]
     assert cli.main([*words, *given, "--json"]) == 65
-    assert "/nowhere/x.tar" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "/nowhere/x.tar" in told and "--synthetic times the recipe with random images" in told
 
 
 def test_random_images_are_as_large_as_they_are_asked_for(recipe: Recipe) -> None:
@@ -597,6 +692,31 @@ def test_wrong_words_are_told_as_by_other_commands(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         cli.main(["bench", "digits/mae", "--seconds", "soon"])
     assert "'soon' is not a whole number" in capsys.readouterr().err
+    for words, option in (["--synthetc"], "--synthetic"), (["--second", "5"], "--seconds"), (["--jso=1"], "--json"):
+        assert cli.main(["bench", "digits/mae", *words]) == 2
+        assert f"no such option; did you mean {option}?" in capsys.readouterr().err
+    assert cli.main(["pretrain", "digits/mae", "--second", "5"]) == 2
+    assert "--seconds" not in capsys.readouterr().err
+    assert cli.main(["bench", "nosuch"]) == 2
+    assert capsys.readouterr().err == "selfsight: nosuch: no such recipe; `selfsight recipes` lists all\n"
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "digits/mae", "cifar10/mae"])
+    told = capsys.readouterr().err
+    assert "usage: selfsight bench RECIPE" in told and "unrecognized arguments: cifar10/mae" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they are possible")
+def test_what_pretrain_refuses_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words, "--train.compile", "true", "--train.cuda_graphs", "true"]) == 2
+    assert "train.cuda_graphs: are a GPU's; leave it off on a CPU" in capsys.readouterr().err
+
+
+def test_the_proposed_command_names_a_field_once(recipe: Recipe) -> None:
+    told = "digits/mae --train.checkpoint_blocks true --data.train 'a b'"
+    best = {"train.checkpoint_blocks": "auto", "train.workers": 2}
+    assert as_object(found_of(recipe, told=told, best=best))["command"] == (
+        "selfsight pretrain digits/mae --train.checkpoint_blocks auto --data.train 'a b' --train.workers 2"
+    )
 
 
 def test_an_interruption_ends_it_at_once(

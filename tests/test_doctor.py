@@ -191,6 +191,17 @@ def test_slow_data_get_advice_that_fits_them(
     assert told.format(spec=spec) in subject.faster_data(parts, parts.batches())
 
 
+def test_small_images_that_are_decoded_already_need_no_smaller_shards(tmp_path: Path) -> None:
+    write_shards((Sample(*one) for one in noisy(10, size=16)), tmp_path, "s", Encoding(format="png"))
+    spec = str(tmp_path / "s-000000.tar")
+    assert main(["shards", "cache", spec]) == 0
+    parts = assemble(validate(recipe_tree(Path(spec)), "test"), torch.device("cpu"))
+    batches = parts.batches()
+    assert batches.cache
+    assert subject.faster_data(parts, batches) == "more train.workers"
+    assert subject.faster_data(parts, batches, more_workers=False).startswith("more cores")
+
+
 def test_an_index_of_an_older_release_knows_no_duplicates(
     found: Callable[..., dict[str, Finding]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

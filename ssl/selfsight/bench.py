@@ -12,26 +12,28 @@ from accelerate import Accelerator
 
 from selfsight.backward import Averaged
 from selfsight.bench_cadence import cadence
-from selfsight.bench_look import few_images, first_look, loader_rate
+from selfsight.bench_look import Probe, few_images, first_look, loader_rate
 from selfsight.bench_search import ALONE, BASE, LOADER, PEAK, SCORING, Budget, fitting, measured_as, try_all
 from selfsight.bench_step import Built, build, changed, time_steps
-from selfsight.bench_switches import situation
-from selfsight.bench_table import as_object, show
-from selfsight.bench_timed import Timed, with_communication
+from selfsight.bench_switches import SWITCHES, situation
+from selfsight.bench_table import as_object, named, show
+from selfsight.bench_timed import UNSTEADY, Timed, with_communication
 from selfsight.bench_trials import Trial, helpful, largest_micro_batch
 from selfsight.console import progress
 from selfsight.data.synthetic import synthetic
 from selfsight.doctor import faster_data
-from selfsight.errors import PeerLost
+from selfsight.errors import DataError, PeerLost
 from selfsight.exports.card import hardware_of
 from selfsight.footprint import total_memory
 from selfsight.peers import Peers
 from selfsight.precision import resolve
-from selfsight.processes import join
+from selfsight.processes import join, loader_workers
 from selfsight.recipe import Recipe
 from selfsight.speed import matmul_peak
+from selfsight.switches import require_graphs
 
-UNSTEADY = 0.1  # half the range of the rates, above which only large gains can be seen
+SHARING = {"train.workers", "train.threads"}  # say who has the cores
+KEEPS_UP = 0.5  # share of a step in which the loader alone makes a batch, below which it is not what is slow
 
 
 class Wish(NamedTuple):
@@ -62,8 +64,9 @@ def bench(recipe: Recipe, wish: Wish = PLAIN, as_json: bool = False) -> int:
         recipe = changed(recipe, given)
         notes.append("random images instead of the recipe's data: how fast those are read is not known; no evaluation")
     accelerator = join(recipe)
+    require_graphs(recipe, accelerator.device)  # before what they need is left out
     if recipe.train.compile and accelerator.device.type == "cpu" and not wish.compiles:
-        recipe = changed(recipe, {"train.compile": False, "train.cuda_graphs": False})
+        recipe = changed(recipe, {"train.compile": False})
         notes.append("train.compile is left out, since it takes a minute on a CPU; --compile times it")
     with Peers(accelerator, recipe.train.timeout) as peers:
         try:
@@ -129,7 +132,7 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
         bar(0, "the machine")
         peak = matmul_peak(device, torch.bfloat16 if precision in ("bf16", "fp8") else torch.float32, PEAK * seconds)
         bar(5, "the model")
-        look = first_look(recipe, accelerator)
+        look = look_at(recipe, accelerator, wish)
         built = build(recipe, accelerator, threads)
         host = few_images(built, look.images)
         bar(5, "the loader")
@@ -152,7 +155,7 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
                     f"the largest micro-batch that fits, by doubling: {fits[0]:,} images, {fits[1] / 2**30:,.1f} GiB"
                 )
         trials, base = try_all(built, own, base, now, budget, bar)
-    notes += advice(built, base, wish)
+    notes += advice(built, base, trials, loader, wish)
     base, trials = of_whole_steps(recipe.train.batch_size, base, trials)
     unknown = wish.synthetic and recipe.train.steps is None
     steps, epochs = built.parts.steps, built.parts.epoch(built.parts.steps)
@@ -163,23 +166,59 @@ def measure(recipe: Recipe, accelerator: Accelerator, wish: Wish, notes: list[st
     )  # fmt: skip
 
 
-def advice(built: Built, base: Timed, wish: Wish) -> list[str]:
-    """What to know of the figures before one acts on them."""
+def look_at(recipe: Recipe, accelerator: Accelerator, wish: Wish) -> Probe:
+    """The first look, which is the first to need the data."""
+    try:
+        return first_look(recipe, accelerator)
+    except DataError as error:
+        if wish.synthetic:
+            raise
+        raise DataError(f"{error.told}\n--synthetic times the recipe with random images instead") from error
+
+
+def advice(built: Built, base: Timed, trials: list[Trial], loader: float, wish: Wish) -> list[str]:
+    """What to know of the figures before one acts on them.
+
+    Args:
+        loader: images per second of this rank's loader alone.
+    """
     told = []
     if base.data_bound and not wish.synthetic:
-        told.append(f"training waits for data: {faster_data(built.parts, built.parts.batches())}")
+        told.append(f"training waits for data: {of_data(built, base, trials, loader)}")
     images, batch = base.images, built.parts.recipe.train.batch_size
     if images != batch:
         told.append(
             f"an extrapolation: a step of {batch:,} images takes too long here, so steps of {images:,} were timed, and the "
             "recipe's worked out from them, but for memory; batches were not tried; --seconds gives larger steps"
         )
-    if base.noise > UNSTEADY:
+    if base.unsteady:
         told.append(
             f"the speed varies by {100 * base.noise:.0f}% either way, so smaller gains cannot be told from noise: "
             "time it again on a quiet machine, or with more --seconds"
         )
+    if unsteady := [named(trial.change) for trial in trials if trial.timed and trial.timed.unsteady]:
+        told.append(
+            f"unsteady: the speed of {'; '.join(unsteady)} varies by more than {100 * UNSTEADY:.0f}% while it is timed, so it "
+            "counts as faster only where its slowest part beats the fastest of the recipe; --seconds makes parts longer"
+        )
     return told
+
+
+def of_data(built: Built, base: Timed, trials: list[Trial], loader: float) -> str:
+    """What would shorten the wait for data, as far as what was timed does not contradict it."""
+    gains = {name: value for name, value in helpful(trials, base).items() if SWITCHES[name].data or name in SHARING}
+    if gains:
+        return f"{named(gains)} shortens that"
+    workers, share = loader_workers(built.parts.recipe), base.images_per_second / built.world / loader
+    if workers and share < KEEPS_UP:
+        tried = any(trial.timed and not SHARING.isdisjoint(trial.change) for trial in trials)
+        best = "no other number of either that was tried is faster; more cores may help"
+        return (
+            f"workers and training share the cores, since alone the loader makes a batch in {100 * share:.0f}% of a step; "
+            + (best if tried else "more --seconds compare other train.workers and train.threads")
+        )
+    more = [trial for trial in trials if trial.timed and trial.change.get("train.workers", 0) > workers]
+    return faster_data(built.parts, built.parts.batches(), more_workers=not more)
 
 
 def of_whole_steps(batch: int, base: Timed, trials: list[Trial]) -> tuple[Timed, list[Trial]]:

@@ -1,5 +1,6 @@
 """What is timed in the seconds that there are: how large a step, which switches, and what is left out."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from selfsight.bench_timed import Timed
 from selfsight.bench_trials import Trial, changes_what_is_learned, helpful, run
 from selfsight.console import Bar
 from selfsight.errors import UsageError
-from selfsight.processes import agree, loader_workers, of_all_ranks
+from selfsight.processes import agree, loader_workers, of_all_ranks, text_of_main
 from selfsight.recipe import Recipe
 
 STEPS = 6  # for which a timed stretch should have room
 LEAST = 3  # steps, for which a switch must have time
 FEWEST = {"cpu": 2, "cuda": 256}  # images to which a step that is too slow is cut
 ENOUGH = {"cpu": 16, "cuda": 256}  # for which such a step may take three times as long as others
+AGAIN = 3  # stretches at the end: the recipe as it is, what is faster, and what is then the fastest
 LATE = (1.0, 0.5)  # of the seconds: how late the first switches may be, so that a slow machine hears of some
 # Shares of the seconds; what is left is for the switches.
 PEAK, LOADER, BASE, ALONE, SCORING = 0.02, 0.06, 0.2, 0.08, 0.06
@@ -98,16 +100,19 @@ def fitting(built: Built, recipe: Recipe, seconds: float, budget: Budget, notes:
 def try_all(
     built: Built, recipe: Recipe, base: Timed, now: Situation, budget: Budget, bar: Bar
 ) -> tuple[list[Trial], Timed]:
-    """Every switch worth trying while there is time, what helps together, and the recipe as it is once more: how far the
-    machine has drifted meanwhile is noise, too."""
+    """Every switch worth trying while there is time. Then the recipe as it is once more, and what is faster than both, all of
+    it together or the one switch again: a gain that is seen once may be the machine's."""
     todo, trials, late = candidates(recipe, now), list[Trial](), [share * budget.seconds for share in LATE]
 
     def no_time(late: float = 0.0) -> bool:
         return agree(built.accelerator, [budget.left + late < LEAST * base.step_seconds])[0]
 
-    def tried(change: dict[str, Any], others: int) -> Trial:
+    def spell(parts: int) -> float:
+        return max(budget.left / parts, LEAST * base.step_seconds)
+
+    def tried(change: dict[str, Any], parts: int) -> Trial:
         bar(0, ", ".join(f"{name} {value}" for name, value in change.items()))
-        begun, seconds = budget.clock(), max(budget.left / (others + 2), LEAST * base.step_seconds)
+        begun, seconds = budget.clock(), spell(parts)
         trial = run(built, recipe, change, seconds)
         if recipe.train.compile or "train.compile" in change:
             budget.excuse(budget.clock() - begun - seconds)
@@ -118,12 +123,26 @@ def try_all(
             learns = changes_what_is_learned(built.parts, recipe, changed(recipe, change))
             trials.append(Trial(change, learns, None, "no time; --seconds gives more"))
         else:
-            trials.append(tried(change, len(todo) - number))
+            trials.append(tried(change, len(todo) - number + AGAIN))
         bar(50 // len(todo))
-    best = helpful(trials, base)
-    several = len(best) > 1 and all(trial.change != best for trial in trials)
-    if agree(built.accelerator, [several])[0] and not no_time():
-        trials.append(tried(best, 0)._replace(together=True))
-    if trials and not no_time():
-        base = base._replace(rates=base.rates + time_steps(built, recipe, max(budget.left, 0.0)).rates)
+    if not any(trial.timed for trial in trials):
+        return trials, base
+    bar(0, "the recipe as it is, again")
+    base = base.and_again(time_steps(built, recipe, spell(AGAIN)))  # late or not: without it no gain would count
+    for left in reversed(range(1, AGAIN + 1)):
+        best = _of_main(built, helpful(trials, base))
+        seen = next((number for number, trial in enumerate(trials) if trial.change == best), None)
+        if not best or (seen is not None and trials[seen].again) or (left < AGAIN and no_time()):
+            break
+        trial = tried(best, max(1, left - 1))
+        if seen is None:
+            trials.append(trial._replace(together=True, again=True))
+        else:
+            trials[seen] = trials[seen].and_again(trial)
     return trials, base
+
+
+def _of_main(built: Built, change: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's, whose clock decides: ranks that try other things would wait for each other."""
+    told: dict[str, Any] = json.loads(text_of_main(built.accelerator, json.dumps(change).encode()))
+    return told

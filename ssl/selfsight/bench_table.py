@@ -1,9 +1,10 @@
 """What `selfsight bench` has found, as one object and for a person."""
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from selfsight.bench_timed import within_noise
+from selfsight.bench_timed import UNSTEADY, within_noise
 from selfsight.bench_trials import Trial
 from selfsight.console import say, table
 from selfsight.doctor import duration
@@ -58,14 +59,23 @@ def as_object(found: "Found") -> dict[str, Any]:
         "hours_per_million_images": 1e6 / recipe.train.batch_size * step / 3600,
         "bound": "data" if base.data_bound else "compute",
         "trials": [_trial(trial, found) for trial in found.trials],
-        "command": redact(f"selfsight pretrain {' '.join([found.told, *_options(found.best)])}"),
+        "command": redact(f"selfsight pretrain {_words(found.told, found.best)}"),
         "faster": found.best,
         "notes": found.notes,
     }
 
 
-def _options(change: Mapping[str, Any]) -> list[str]:
-    return [f"--{name} {_value(value)}" for name, value in change.items()]
+def named(change: Mapping[str, Any]) -> str:
+    """A change as a person reads it."""
+    return ", ".join(f"{name} {_value(value)}" for name, value in change.items())
+
+
+def _words(told: str, best: Mapping[str, Any]) -> str:
+    """The words that were given, `RECIPE --name value ...`, with better values in place of their own."""
+    recipe, *given = shlex.split(told)
+    fields = dict(zip([name.removeprefix("--") for name in given[::2]], given[1::2], strict=True))
+    fields |= {name: _value(value) for name, value in best.items()}
+    return shlex.join([recipe, *(word for name, value in fields.items() for word in (f"--{name}", value))])
 
 
 def _trial(trial: Trial, found: "Found") -> dict[str, Any]:
@@ -137,7 +147,10 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
             "MFU",
             f"{100 * told['mfu']:.1f}%: {gflops:,.3g} GFLOP an image, {peak:,.3g} TFLOP/s a device in a large product",
         ],
-        ["memory", f"{memory['peak'] / 1024:,.1f}{total} GiB at most, in steps of {told['timed_batch_size']:,} images"],
+        [
+            "memory",
+            f"a peak of {memory['peak'] / 1024:,.1f}{total} GiB, in steps of {told['timed_batch_size']:,} images",
+        ],
         ["the run", f"{hours}{length}; a million images take {duration(3600 * told['hours_per_million_images'])}"],
         ["of its time", every],
     ]
@@ -146,13 +159,12 @@ def _facts(told: dict[str, Any]) -> list[list[str]]:
 def _switches(told: dict[str, Any]) -> None:
     rows = [["as it is", _rate(told["images_per_second"]), "1.00", _percent(told["spread"]), "", ""]]
     for trial in told["trials"]:
-        name = ", ".join(f"{field} {_value(value)}" for field, value in trial["change"].items())
+        name = named(trial["change"])
         if "why_not" in trial:
             rows.append([name, "", "", "", "", trial["why_not"]])
             continue
-        words = ["within noise"] * trial["within_noise"] + ["changes what is learned"] * trial[
-            "changes_what_is_learned"
-        ]
+        words = ["unsteady"] * (trial["spread"] > UNSTEADY) + ["within noise"] * trial["within_noise"]
+        words += ["changes what is learned"] * trial["changes_what_is_learned"]
         memory = "" if trial["memory"] is None else f"{trial['memory'] / 1024:,.1f}"
         rate, spread = _rate(trial["images_per_second"]), _percent(trial["spread"])
         rows.append([name, rate, f"{trial['ratio']:.2f}", spread, memory, "; ".join(words)])

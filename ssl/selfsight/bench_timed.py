@@ -7,6 +7,7 @@ from typing import NamedTuple
 PHASES = ("data", "transfer", "forward", "backward", "optimizer", "communication")
 DATA_BOUND = 0.1  # share of a step that waits for data, above which they are what to mend
 LEAST_NOISE = 0.03  # below it nobody should change a recipe
+UNSTEADY = 0.1  # half the range of the rates, above which no two parts of the time may overlap
 
 
 class Timed(NamedTuple):
@@ -39,6 +40,11 @@ class Timed(NamedTuple):
         return (max(self.rates) - min(self.rates)) / 2 / self.images_per_second
 
     @property
+    def unsteady(self) -> bool:
+        """Whether it varies so much that its median says little."""
+        return self.noise > UNSTEADY
+
+    @property
     def data_bound(self) -> bool:
         """Whether data are what to mend."""
         return self.share["data"] > DATA_BOUND
@@ -48,6 +54,10 @@ class Timed(NamedTuple):
         """Of the step, by phase; together 1."""
         whole = sum(self.phases.values())
         return {name: seconds / whole for name, seconds in self.phases.items()}
+
+    def and_again(self, later: "Timed") -> "Timed":
+        """With the rates of the same steps at another time: how far the machine has drifted meanwhile is noise, too."""
+        return self._replace(rates=self.rates + later.rates)
 
     def scaled(self, images: int) -> "Timed":
         """A step of so many images, known by one of fewer: all but what a step does once takes as many times longer."""
@@ -69,6 +79,9 @@ def with_communication(whole: Timed, alone: Timed) -> Timed:
 
 
 def within_noise(trial: Timed, base: Timed) -> bool:
-    """Whether two rates differ by no more than either of them does from one part of its time to the next."""
+    """Whether two rates differ by no more than either of them does from one part of its time to the next; of unsteady
+    ones, whether any part of one is as fast as a part of the other."""
     noise = max(LEAST_NOISE, base.noise, trial.noise)
-    return abs(trial.images_per_second / base.images_per_second - 1) <= noise
+    overlap = max(min(trial.rates), min(base.rates)) <= min(max(trial.rates), max(base.rates))
+    near = abs(trial.images_per_second / base.images_per_second - 1) <= noise
+    return near or (noise > UNSTEADY and overlap)

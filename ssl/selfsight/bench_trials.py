@@ -31,6 +31,14 @@ class Trial(NamedTuple):
     why_not: str = ""
     together: bool = False
     """Whether several switches were tried at once."""
+    again: bool = False
+    """Whether its gains were seen a second time, at the end."""
+
+    def and_again(self, later: "Trial") -> "Trial":
+        """With the same change timed once more."""
+        if self.timed is None or later.timed is None:
+            return later._replace(again=True)
+        return self._replace(timed=self.timed.and_again(later.timed), again=True)
 
 
 def run(built: Built, recipe: Recipe, change: Mapping[str, Any], seconds: float) -> Trial:
@@ -98,7 +106,7 @@ def helpful(trials: list[Trial], base: Timed) -> dict[str, Any]:
         and not within_noise(trial.timed, base)
     ]
     faster.sort(key=lambda trial: trial.timed.images_per_second if trial.timed else 0.0)
-    if any(trial.timed and trial.together for trial in trials):
+    if any(trial.together for trial in trials):
         return faster[-1].change if faster else {}
     return {name: value for trial in faster for name, value in trial.change.items()}  # the faster value wins
 

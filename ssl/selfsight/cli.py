@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FIELD_COMMANDS = ("pretrain", "quickstart", "teacher", "doctor", "bench")  # take recipe fields as options
 FLAGS, OPTIONS = ("--help", "--json", "--synthetic", "--compile"), ("--seconds",)  # of them, which are no fields
+BARE = ("run_dir", "seed", "track", "plugin", "allow-change")  # words without a section that take a value
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage or recipe error, 65 bad data, 70 not finite, 74 disk or checkpoint, "
     "75 stopped on request (run it again), 76 another rank was lost"
@@ -38,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in FIELD_COMMANDS:
             fields, words = split_fields(["--train.deterministic=8" if w == "--deterministic" else w for w in words])
         plugins, changes = fields.pop("plugin", None), fields.pop("allow-change", "")
-        options = build_parser().parse_args(words)
+        options, unknown = build_parser().parse_known_args(words)
+        if unknown:  # with the usage of the command, not of selfsight
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         options.fields, options.allow_change = fields, tuple(filter(None, changes.split(",")))
         options.plugins = plugins
         if named := plugins or getattr(options, "plugin", None):
@@ -77,7 +81,7 @@ def split_fields(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """`--a.b value` and `--a.b=value` as a mapping of dotted names to text, and the words that are neither.
 
     Raises:
-        UsageError: a field without a value.
+        UsageError: a field without a value, or an option that is misspelt.
     """
     fields: dict[str, str] = {}
     others: list[str] = []
@@ -92,12 +96,20 @@ def split_fields(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             others += [word, *left[:1]] if not equals else [word]
             left = left if equals else left[1:]
             continue
+        if "." not in name and name not in BARE and (near := _near(name, words[0])):
+            raise UsageError(f"--{name}: no such option; did you mean {near}?")
         if not equals:
             if not left:
                 raise UsageError(f"--{name} needs a value")
             value = left.pop(0)
         fields[name] = value
     return fields, others
+
+
+def _near(name: str, command: str) -> str:
+    """The option of a command that is spelt nearly so; nothing if there is none."""
+    own = {"bench": (*FLAGS, *OPTIONS), "doctor": ("--help", "--json")}.get(command, ("--help",))
+    return "".join(get_close_matches(f"--{name}", [*own, "--deterministic", "--plugin"], 1, 0.8))
 
 
 def _count(text: str) -> int:
@@ -356,7 +368,7 @@ def _command(
     parser = commands.add_parser(name, help=help, description=text, allow_abbrev=False, add_help=not takes_fields)
     if takes_fields:
         parser.add_argument("-h", "--help", action=_HelpWithFields)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 

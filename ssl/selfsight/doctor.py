@@ -285,10 +285,14 @@ def _of_rates(parts: Parts, batches: Batches, compute: float) -> Iterator[Findin
         yield Finding("ok", "rates", told)
 
 
-def faster_data(parts: Parts, batches: Batches) -> str:
-    """What would make the data faster."""
+def faster_data(parts: Parts, batches: Batches, more_workers: bool = True) -> str:
+    """What would make the data faster.
+
+    Args:
+        more_workers: whether more train.workers may.
+    """
     samples, made = parts.shards, parts.encoder.preprocessing
-    body, plain = samples.read_images(0)[0], made.form == Form(made.channels)
+    body, plain, small = samples.read_images(0)[0], made.form == Form(made.channels), False
     with suppress(BadSample):
         small = plain and max(decode(body, made.form).shape[1:]) <= LARGEST_SIDE
         if small and not batches.cache and not isinstance(samples, Mixture):
@@ -297,7 +301,10 @@ def faster_data(parts: Parts, batches: Batches) -> str:
             )
     if body.startswith(jpeg.START) and jpeg.library() is None:
         return "pip install 'selfsight[fast]' decodes JPEGs a third faster"
-    return "more train.workers" + (", or shards built with --short-side" if plain else "")
+    smaller = ["shards built with --short-side"] * (plain and not small)
+    return (
+        ", or ".join(["more train.workers"] * more_workers + smaller) or "more cores, which workers and training share"
+    )
 
 
 def timed_steps(parts: Parts, batches: Batches, accelerator: Accelerator) -> float:

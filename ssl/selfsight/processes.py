@@ -135,7 +135,7 @@ def same_program(accelerator: Accelerator, recipe: Recipe) -> None:
     text = json.dumps(mine).encode()
     found = of_all_ranks(accelerator, int.from_bytes(sha256(text).digest()[:7], "big"))
     if other := [str(rank) for rank, value in enumerate(found) if value != found[0]]:
-        told = differences(json.loads(_text_of_main(accelerator, text)), mine).values()
+        told = differences(json.loads(text_of_main(accelerator, text)), mine).values()
         detail = f": {'; '.join(told)}" if told else ""  # nothing on the ranks that are as rank 0 is
         raise UsageError(f"rank {', '.join(other)} was started in another way than rank 0{detail}; start all alike")
 
@@ -152,8 +152,10 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def _text_of_main(accelerator: Accelerator, text: bytes) -> bytes:
+def text_of_main(accelerator: Accelerator, text: bytes) -> bytes:
     """The text of rank 0."""
+    if accelerator.num_processes == 1:
+        return text
     size = of_all_ranks(accelerator, len(text))[0]
     buffer = torch.zeros(size, dtype=torch.uint8, device=accelerator.device)
     if accelerator.is_main_process:

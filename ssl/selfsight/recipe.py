@@ -326,8 +326,9 @@ def find(path: str | Path) -> Path:
         if (packaged() / name.removeprefix("recipes/")).is_file() and not Path(name).is_absolute():
             return packaged() / name.removeprefix("recipes/")
     known = [name for name, _ in packaged_recipes()]
-    near = get_close_matches(str(path).removeprefix("recipes/"), known, 3, 0.4) or known[:3]
-    raise UsageError(f"{path}: no such recipe; nearest: {', '.join('recipes/' + name for name in near)}")
+    near = get_close_matches(str(path).removeprefix("recipes/"), known, 3, 0.5)
+    nearest = f"nearest: {', '.join('recipes/' + name for name in near)}; " if near else ""
+    raise UsageError(f"{path}: no such recipe; {nearest}`selfsight recipes` lists all")
 
 
 def validate(tree: dict[str, Any], where: str) -> Recipe:

@@ -53,8 +53,7 @@ def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device
             notes += told
     else:
         objective.encoder.checkpoint_blocks = depth * train.checkpoint_blocks
-    if train.cuda_graphs and device.type != "cuda":
-        raise UsageError("train.cuda_graphs: are a GPU's; leave it off on a CPU")
+    require_graphs(recipe, device)
     if train.cuda_graphs and objective.encoder.checkpoint_blocks:
         raise UsageError(
             "train.cuda_graphs: the step does not fit in memory without recomputing blocks; take fewer images at once"
@@ -62,6 +61,12 @@ def switch(recipe: Recipe, objective: Objective, average: Encoder | None, device
     if train.compile:
         compile_blocks(objective, blocks_of(objective), train.cuda_graphs)
     return notes
+
+
+def require_graphs(recipe: Recipe, device: torch.device) -> None:
+    """Raise UsageError if the recipe wants CUDA graphs and the device has none."""
+    if recipe.train.cuda_graphs and device.type != "cuda":
+        raise UsageError("train.cuda_graphs: are a GPU's; leave it off on a CPU")
 
 
 def fit(kept: Kept, free: int, images: int, depth: int, device: torch.device) -> tuple[int, list[str]]:

@@ -737,6 +737,7 @@ def test_an_interruption_ends_it_at_once(
     assert not Path(small_fields["run_dir"]).exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_time_one_run(launcher: Any, small_fields: dict[str, Any]) -> None:
     fields = small_fields | {"train.threads": 1, "train.timeout": 20}
     job = launcher.start(["bench", "digits/mae", *as_words(fields), "--json", "--seconds", "1"], 2)

@@ -373,7 +373,15 @@ def test_norms_and_pools_of_other_models_find_their_place(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["convnext_atto", "resnet18", "vgg11", "densenet121", "hiera_tiny_224", "vit_small_patch16_18x2_224"]
+    "name",
+    [
+        "convnext_atto",
+        "resnet18",
+        pytest.param("vgg11", marks=pytest.mark.slow),
+        "densenet121",
+        "hiera_tiny_224",
+        "vit_small_patch16_18x2_224",
+    ],
 )
 def test_every_kind_of_timm_model_takes_its_own_weights(name: str, tmp_path: Path) -> None:
     config = {"name": name, "pool": "head", "init": "timm", "positions": "learned"}

@@ -199,6 +199,7 @@ def test_batch_norms_and_fixed_sums_are_refused(found: Found) -> None:
         load("digits/mae", {"train.parallel": "fsdp", "train.deterministic": 8})
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_watched_and_exported(start: Callable[..., Job], tmp_path: Path, small_shards: Path) -> None:
     """The whole command; that kNN is watched on the first rank while the second one helps."""
     fields = {"eval.train": str(small_shards), "eval.every": 4, "eval.k": "[5, 10]"}

@@ -183,8 +183,8 @@ def test_a_trial_ends_with_the_item_or_with_the_sample(tmp_path: Path) -> None:
 
 def test_storage_that_hangs_blames_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mount that is away is no fault of what lies on it."""
-    monkeypatch.setattr(feeding, "START", 12.0)  # a process must start in it
-    with pytest.raises(DataGone, match="batch 1: its samples could not be read within 12 s"):
+    monkeypatch.setattr(feeding, "START", 8.0)  # a process must start in it
+    with pytest.raises(DataGone, match="batch 1: its samples could not be read within 8 s"):
         culprits(Source(tmp_path, {4: hang}, reading=True), 1, 5, [])
 
 

@@ -61,7 +61,7 @@ def test_a_save_that_is_being_written_is_finished_when_a_peer_is_lost(start: Sta
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 5]
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_frozen_rank_is_named_at_the_timeout(start: Start, frozen: int) -> None:
     """It may not answer the launcher, either: it is killed once the other has ended."""
     job = start(2, f"learn stop rank={frozen} step=4", {"train.timeout": 2})

@@ -28,7 +28,7 @@ def histories(launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return Histories(launcher, tmp_path, seed=random.randrange(2**32))  # another one each time: a failure prints it
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino"])
+@pytest.mark.parametrize("objective", ["mae", pytest.param("dino", marks=pytest.mark.slow)])
 def test_kills_at_random_change_nothing(histories: Histories, objective: str) -> None:
     while histories.found["kills"] < 3:  # a fault may lie behind the last step
         histories.run(objective, [1], 4, {})
@@ -40,7 +40,7 @@ def test_kills_of_one_of_two_ranks_change_nothing(histories: Histories) -> None:
     assert not any(histories.found[name] for name in ("runs_lost", "ids_differing", "weights_differing", "surprises"))
 
 
-@pytest.mark.parametrize("objective", ["mae", "joint"])
+@pytest.mark.parametrize("objective", ["mae", pytest.param("joint", marks=pytest.mark.slow)])
 def test_ranks_may_change_at_every_start(histories: Histories, objective: str) -> None:
     """Elastic: 1, 2 or 4 ranks, deterministic: the same ids, inputs and weights bit for bit."""
     histories.run(objective, [1, 2, 4], 2, {"train.deterministic": 4})

@@ -185,3 +185,13 @@ def test_images_are_compared_in_full_precision_whatever_autocast_says(what: str)
         found = compared()
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+def test_pixels_have_a_gradient_although_an_evaluation_asked_for_their_statistics_first() -> None:
+    made = Preprocessing(4, 1, (0.4375,), (0.21875,))  # statistics that no other test has asked for
+    with torch.inference_mode():
+        made.pixels(torch.zeros(1, 1, 4, 4))
+    images = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    made.pixels(images).sum().backward()
+    assert images.grad is not None
+    assert images.grad.unique().tolist() == [0.21875]

@@ -55,6 +55,10 @@ class Preprocessing(NamedTuple):
 
 
 @cache
+@torch.inference_mode(False)
 def _on_device(values: tuple[float, ...], device: torch.device, axes: int) -> Tensor:
-    """Channel values before so many axes of length 1; sent once, for each sending waits for the device."""
+    """Channel values before so many axes of length 1; sent once, for each sending waits for the device.
+
+    Never an inference tensor: who asks first may be an evaluation, and a loss on pixels saves it for its backward.
+    """
     return torch.tensor(values, device=device).view(-1, *[1] * axes)

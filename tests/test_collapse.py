@@ -256,7 +256,7 @@ def test_dino_raises_no_alarm() -> None:
     run("dino", 60, {})
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dino_without_centering_raises_it(norm: bool) -> None:
     def spoil(objective: Objective) -> None:
         assert isinstance(objective, DINO)
@@ -266,7 +266,7 @@ def test_dino_without_centering_raises_it(norm: bool) -> None:
         run("dino", 200, {"objective.head_norm": norm}, spoil)
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dino_without_sharpening_raises_it(norm: bool) -> None:
     with pytest.raises(NumericError, match="collapse: the teacher vectors"):
         run("dino", 200, {"objective.head_norm": norm, "objective.teacher_temperature": [0.5, 0.5]})

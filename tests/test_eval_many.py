@@ -272,7 +272,8 @@ def test_an_encoder_of_other_channels_is_told_before_the_first_is_scored(
         knn({"one": made(5), "five": five}, str(folder / "a-train"), str(folder / "a-test"))
 
 
-def test_the_line_to_cite_tells_scales_and_merging(folder: Path) -> None:
+def test_the_line_to_cite_tells_scales_and_merging(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfsight.eval.linear.LEAST_STEPS", 50)
     sets = str(folder / "a-train"), str(folder / "a-test")
     asked = ("knn", "linear", "logistic", "lda", "retrieval", "cluster", "health", "robust")
     found = knn(made(5), *sets, evaluators=asked, scales=(1, 2), merge=2)["scores"]

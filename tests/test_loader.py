@@ -141,7 +141,7 @@ def test_normalisation() -> None:
 # -- a fixed number of augmentations
 
 
-@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("world", "accumulate"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_augmentations_come_in_turn(tmp_path: Path, world: int, accumulate: int) -> None:
     """Sample by sample: in epochs e and e + K the same pixels, in those between others."""
     write_shards(iter(pictures(20, size=(40, 40))), tmp_path, "s")

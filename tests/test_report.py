@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ class Page(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Iterator[None]:
+    """Probes of a few steps, and exports that are not loaded again in another process: others test both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
+        patch.setattr("selfsight.eval.linear.LEAST_STEPS", 50)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three objectives, with scores."""
@@ -66,9 +76,7 @@ def run(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     small = {"encoder.width": 16, "encoder.depth": 1, "train.epochs": None, "train.steps": 6, "train.batch_size": 8}
     often = {"train.log_every": 1, "train.workers": 0, "objective.parts.agree.objective.expander_width": 16}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
-        pretrain("digits/joint", sets | small | often | {"run_dir": str(folder)})
+    pretrain("digits/joint", sets | small | often | {"run_dir": str(folder)})
     return folder
 
 
@@ -239,7 +247,6 @@ def test_scores_are_kept_whatever_the_report_fails_of(
         raise KeyError("a slip of ours")
 
     monkeypatch.setattr("selfsight.report.bank_of", fail)
-    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
     recipe = load(tmp_path / "run" / "recipe.yaml", {"run_dir": str(tmp_path / "run")})
     pretrain(recipe)
     shown = capsys.readouterr()
@@ -259,7 +266,6 @@ def test_a_request_to_stop_is_no_reason_to_leave_something_out(
         report_again(run, run / "other.html")
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "scores.json").unlink()
-    monkeypatch.setattr("selfsight.exports.export.verify_export", lambda encoder, folder: 0.0)
     with pytest.raises(Stopped):
         pretrain(load(tmp_path / "run" / "recipe.yaml", {"run_dir": str(tmp_path / "run")}))
     assert not (tmp_path / "run" / "scores.json").exists()

@@ -65,7 +65,10 @@ def words(fields: Fields) -> list[str]:
     return [word for key, value in fields.items() for word in (f"--{key}", "null" if value is None else str(value))]
 
 
-def test_a_run_leaves_what_was_promised(small_fields: Fields, small_shards: Path) -> None:
+def test_a_run_leaves_what_was_promised(
+    small_fields: Fields, small_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfsight.eval.linear.LEAST_STEPS", 50)
     folder = Path(small_fields["run_dir"])
     scored = {"eval.train": str(small_shards), "eval.test": str(small_shards), "eval.every": 4, "eval.k": [5, 10]}
     scores = pretrain("digits/mae", small_fields | scored)

@@ -45,7 +45,10 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     return {file.name: file.read_bytes() for file in files}, lines
 
 
-@pytest.mark.parametrize("objective", ["mae", "simmim", "vicreg", "rotation", "distill"])
+@pytest.mark.parametrize(
+    "objective",
+    ["mae", "vicreg", "distill", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simmim", "rotation"))],
+)
 def test_bits_do_not_depend_on_the_number_of_ranks(start: Start, tmp_path: Path, objective: str) -> None:
     found = []
     for world in (1, 2, 4):

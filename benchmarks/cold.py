@@ -9,6 +9,7 @@ bytes disks gave while a part ran. Ends with the command's exit code.
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from selfsight.data.spec import find_shards
@@ -26,13 +27,15 @@ def main() -> int:
         print(f"{sys.argv[1]}: no shards on a disk of this machine, so nothing to forget", file=sys.stderr)
         return 2
     process = subprocess.Popen(sys.argv[3:])
-    while True:
-        for file in files:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            return process.wait(timeout=EVERY)
-        except subprocess.TimeoutExpired:
-            continue
+    try:
+        while process.poll() is None:
+            for file in files:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=EVERY)
+        return process.returncode
+    except KeyboardInterrupt:  # the command was told, too
+        return process.wait()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ PHOTOGRAPHS = 2000
 REASON = "needs a GPU"  # of tests that skip themselves
 COMPILE = ("--train.compile", "true")
 SWITCHES = {  # of `selfsight bench`
-    "plain": (),
+    "plain": ("--train.compile", "false"),
     "compile": COMPILE,
     "fp8": (*COMPILE, "--train.precision", "fp8"),
     "graphs": (*COMPILE, "--train.cuda_graphs", "true"),
@@ -112,7 +112,7 @@ class Part:
 def main() -> int:
     """Run what is not done yet."""
     options = parse()
-    parts = [part for part in plan(options) if not options.only or part.group in options.only]
+    parts = chosen(plan(options), options.only)
     if options.dry_run:
         print(
             json.dumps([shown(part, options) for part in parts], indent=1) if options.json else outline(parts, options)
@@ -141,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers-at", type=Path)
     parser.add_argument("--data")
     parser.add_argument("--cifar10", nargs=2, metavar=("TRAIN", "TEST"))
-    parser.add_argument("--only", help="groups with commas, as --dry-run lists them")
+    parser.add_argument("--only", help="groups with commas, as --dry-run lists them, and what they wait for")
     parser.add_argument(
         "--again", action="append", default=[], metavar="PART", help="run a part, or a group, once more"
     )
@@ -150,6 +150,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="with --dry-run: as an array")
     options = parser.parse_args()
     options.out = options.out.resolve()
+    if options.data:
+        options.data = found_from_anywhere(options.data)
+    if options.cifar10:
+        options.cifar10 = [found_from_anywhere(shards) for shards in options.cifar10]
     groups = sorted({part.group for part in plan(options)})
     if not options.dry_run and not gpus():
         parser.exit(2, "gpu.py: torch sees no GPU; --dry-run shows the plan on any machine\n")
@@ -165,6 +169,20 @@ def parse() -> argparse.Namespace:
         if not options.dry_run and {part.name, part.group} & {*options.again}:
             file_of(part.name, options).unlink(missing_ok=True)
     return options
+
+
+def found_from_anywhere(shards: str) -> str:
+    """Their path in full, if it is one: parts run in the checkout's folder. Patterns and addresses stay."""
+    return str(Path(shards).resolve()) if Path(shards).exists() else shards
+
+
+def chosen(parts: list[Part], only: list[str]) -> list[Part]:
+    """The parts of these groups, and those that they wait for."""
+    if not only:
+        return parts
+    wanted = {part.name for part in parts if part.group in only}
+    wanted |= {name for part in parts if part.name in wanted for name in part.after}
+    return [part for part in parts if part.name in wanted]
 
 
 def plan(options: argparse.Namespace) -> list[Part]:
@@ -213,7 +231,7 @@ def plan(options: argparse.Namespace) -> list[Part]:
         batch = ("--train.batch_size", "256", *evaluation_off(), *words)
         after = (*(() if "--synthetic" in words else shards), *(("nvjpeg",) if "device" in words else ()))
         needs = ("webdataset", "faiss", "sklearn")
-        parts.append(Part(f"bench.{name}", (*cold, python, "-m", "selfsight", *bench, *batch), 240, needs, after))
+        parts.append(Part(f"bench.{name}", (*cold, python, "-m", "selfsight", *bench, *batch), 480, needs, after))
     for name, words in LOOPS.items():
         command = (python, str(HERE / "overhead.py"), *(word.format(data=data) for word in words), *LOOP)
         own = "{data}" in words
@@ -422,7 +440,7 @@ def step_rows(name: str, result: dict[str, Any]) -> list[str]:
         return [f"| {work} | {compiled} | {'; '.join(result['skipped'].values())} | | | | | |"]
     rows = []
     for who, facts in result["each"].items():
-        figures = [result[key].get(who, "") for key in ("ratios", "spread", "memory_ratios")]
+        figures = [result[key].get(who) or "" for key in ("ratios", "spread", "memory_ratios")]
         rows.append(
             f"| {work} | {compiled} | {who} | "
             + " | ".join(map(str, figures))

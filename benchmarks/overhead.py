@@ -130,7 +130,7 @@ def now(device: torch.device) -> float:
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
-def looping(recipe: Recipe, steps: int, block: int = 1) -> dict[str, Any]:
+def looping(recipe: Recipe, steps: int, block: int = 1, paced: Recipe | None = None) -> dict[str, Any]:
     """Of a step in `train`, at the cadence of the recipe, what is not the bare step, and what goes on in between.
 
     Both learn from the same batches in memory, so that reading and decoding, which belong to the loader's processes, are
@@ -140,8 +140,9 @@ def looping(recipe: Recipe, steps: int, block: int = 1) -> dict[str, Any]:
     Args:
         block: steps of the loop, and as many bare ones, that take turns. Between two blocks a GPU is waited for: within them it
             may lag behind the host, as in a run, and what the host does meanwhile costs nothing.
+        paced: the recipe whose cadence of saves and scores counts, if not this one.
     """
-    accelerator = join(recipe)
+    accelerator, cadence = join(recipe), paced or recipe
     device = accelerator.device
     parts = assemble(recipe, device)
     source, place = Resident(parts.batches(), device), parts.placer(device)
@@ -189,9 +190,9 @@ def looping(recipe: Recipe, steps: int, block: int = 1) -> dict[str, Any]:
         "loop_percent_error": round(100 * stdev(shares) / len(shares) ** 0.5, 2),  # of that mean
         "loop_percent_median": round(100 * median(shares), 2),
         "save_copy_milliseconds": round(1e3 * saved, 1),
-        "save_percent_at_cadence": round(100 * saved / step_time / recipe.train.save_every, 3),
+        "save_percent_at_cadence": round(100 * saved / step_time / cadence.train.save_every, 3),
         "score_milliseconds": round(1e3 * scored, 1),
-        "score_percent_at_cadence": round(100 * scored / step_time / recipe.eval.every, 2),
+        "score_percent_at_cadence": round(100 * scored / step_time / cadence.eval.every, 2),
     }
 
 
@@ -206,13 +207,16 @@ def loop_of(options: argparse.Namespace) -> dict[str, Any]:
         given |= {"train.steps": options.loop, "train.epochs": None, "train.threads": 1}
         given |= {"train.batch_size": options.batch} if options.batch else {}
         given |= UNLABELLED if options.unlabelled else {}
+        paced = load(options.recipe, given)
+        # None within the loop: they are timed alone.
+        given |= {"train.save_every": options.loop + 1, "train.keep_every": None, "eval.every": options.loop + 1}
         Path(folder, "run").mkdir()
         recipe = load(options.recipe, given)
         # On a GPU a block is what lies between two lines, so that each has its share of what comes every so many steps.
         block = recipe.train.log_every if options.device == "cuda" else 1
         if options.loop < (least := 1 + block * (-(-EVERY // block) + 2)):
             raise SystemExit(f"--loop: {least} steps at least, for two pairs")
-        return looping(recipe, options.loop, block)
+        return looping(recipe, options.loop, block, paced)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:

@@ -6,6 +6,7 @@ same batch. On a CPU the decoder is libjpeg-turbo with Pillow's pixels; nvJPEG's
 in floating point: views are the same, their last bits are not.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -56,9 +57,15 @@ def require_decoder(device: torch.device | None = None) -> Any:
     """
     try:
         from torchcodec.decoders import decode_jpeg
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: its libraries do not fit this torch
+    except ModuleNotFoundError as error:
         raise UsageError(
-            f"data.decode: device needs torchcodec ({str(error).splitlines()[0]}): pip install 'selfsight[fast]'"
+            f"data.decode: device needs torchcodec ({_told(error)}): pip install 'selfsight[fast]'"
+        ) from None
+    except (ImportError, OSError, RuntimeError) as error:  # its libraries want another torch, or another CUDA
+        beside = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
+        raise UsageError(
+            f"data.decode: device: torchcodec does not load beside {beside}: {_told(error)}; install the torchcodec that was "
+            "built for these, or leave data.decode at workers"
         ) from None
     if device is not None:
         small = BytesIO()
@@ -66,11 +73,16 @@ def require_decoder(device: torch.device | None = None) -> Any:
         try:
             decode_jpeg([small.getvalue()], mode="RGB", device=device)
         except (OSError, RuntimeError, ValueError) as error:
-            told = [*str(error).splitlines(), type(error).__name__][0]
             raise UsageError(
-                f"data.decode: device: torchcodec does not decode on {device} ({told}); leave data.decode at workers"
+                f"data.decode: device: torchcodec does not decode on {device} ({_told(error)}); leave data.decode at workers"
             ) from None
     return decode_jpeg
+
+
+def _told(error: Exception) -> str:
+    """Its first line, without the place in the library's source that it may begin with."""
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return re.sub(r"^.*\.(cpp|h|cu):\d+, ", "", first)
 
 
 def fill(views: Sequence[Tensor], encoded: Sequence[Encoded], interpolation: str) -> None:
@@ -88,19 +100,29 @@ def fill(views: Sequence[Tensor], encoded: Sequence[Encoded], interpolation: str
 
 
 def _decoded(encoded: Sequence[Encoded], device: torch.device, channels: int) -> Iterator[tuple[Tensor, Encoded]]:
-    decode_jpeg = require_decoder()
     for start in range(0, len(encoded), AT_ONCE):
         some = encoded[start : start + AT_ONCE]
-        try:
-            images = decode_jpeg([one.body for one in some], mode=MODES[channels], device=device)
-        except RuntimeError:  # of one of them; Pillow may take it all the same
-            images = [_alone(one, channels).to(device) for one in some]
+        images = _by_device([one.body for one in some], device, channels)
+        if images is None:  # for one of them: the pixels of the others must not depend on their neighbours
+            alone = [_by_device([one.body], device, channels) for one in some]
+            images = [
+                found[0] if found else _by_pillow(one, device, channels) for found, one in zip(alone, some, strict=True)
+            ]
         yield from zip(images, some, strict=True)
 
 
-def _alone(one: Encoded, channels: int) -> Tensor:
+def _by_device(bodies: list[bytes], device: torch.device, channels: int) -> list[Tensor] | None:
     try:
-        return torch.from_numpy(decode(one.body, Form(channels)).copy())
+        return [*require_decoder()(bodies, mode=MODES[channels], device=device)]
+    except torch.OutOfMemoryError:  # no fault of an image's
+        raise
+    except RuntimeError:
+        return None
+
+
+def _by_pillow(one: Encoded, device: torch.device, channels: int) -> Tensor:
+    try:
+        return torch.from_numpy(decode(one.body, Form(channels)).copy()).to(device)
     except BadSample as error:
         raise DataError(
             f"{one.where}: {error}; a device has no substitutes: go on with --data.decode workers --allow-change data.decode"

@@ -329,12 +329,18 @@ def test_parts_of_unsteady_times_must_not_overlap() -> None:
 
 
 def tried_by(
-    built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, rates: dict[str, list[float]], left: float = 60.0
+    built: Built,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    rates: dict[str, list[float]],
+    left: float = 60.0,
+    seconds_again: float = 0.0,
 ) -> tuple[list[Trial], Timed, list[str]]:
     """What try_all makes of these rates: of each switch, of several together, and of the recipe as it is (`again`)."""
     later, asked, begun = {name: iter(several) for name, several in rates.items()}, list[str](), [0.0]
 
     def next_of(name: str) -> Timed:
+        begun[0] += seconds_again if "again" in asked else 0.0
         asked.append(name)
         return timed(next(later[name]))
 
@@ -376,6 +382,23 @@ def test_a_gain_is_seen_twice(built: Built, recipe: Recipe, monkeypatch: pytest.
     both = {"threads": [206.0], "workers": [150.0], "workers threads": [250.0], "again": [100.0]}
     trials, base, asked = tried_by(built, recipe, monkeypatch, both)
     assert helpful(trials, base) == {"train.threads": 2, "train.workers": 2}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])  # of what is tried again: time is up after the first
+def test_a_gain_that_was_seen_once_is_not_advised(
+    built: Built, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    rates = {"threads": [206.0, 58.0], "workers": [150.0, 58.0], "accumulate": [130.0], "again": [100.0]}
+    rates["accumulate workers threads"] = [90.0]
+    trials, base, asked = tried_by(built, recipe, monkeypatch, rates, seconds_again=seconds)
+    assert asked == ["threads", "workers", "accumulate", "again", *AGAINST[seconds]]
+    assert helpful(trials, base) == {}
+    assert helpful(trials, base, once=True)
+    shown = as_object(found_of(recipe, trials=trials, base=base))["trials"]
+    assert [trial["timed_again"] for trial in shown] == [trial.again for trial in trials]
+
+
+AGAINST = {0.0: ["accumulate workers threads", "threads", "workers"], 60.0: ["accumulate workers threads"]}
 
 
 def test_switches_that_fail_together_are_not_advised() -> None:

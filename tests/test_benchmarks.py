@@ -341,6 +341,35 @@ def test_the_plan_for_a_gpu_is_shown_anywhere(
         assert part["group"] != "loop" or overhead.parse(part["command"][2:]).loop == 401
 
 
+def test_groups_of_the_plan_bring_what_they_wait_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options_of(monkeypatch, "--dry-run", "--json", "--only", "bench,loop")
+    gpu.main()
+    parts = {part["part"]: part["command"] for part in json.loads(capsys.readouterr().out)}
+    assert {name.partition(".")[0] for name in parts} == {"shards", "nvjpeg", "bench", "loop"}
+    options_of(monkeypatch, "--dry-run", "--json", "--only", "scaling")
+    gpu.main()
+    assert [part["part"] for part in json.loads(capsys.readouterr().out)] == ["scaling"]
+    asked = options_of(monkeypatch, "--dry-run", "--data", "photos", "--cifar10", "photos", "s3://bucket/{0..3}.tar")
+    assert (asked.data, asked.cifar10) == (
+        str(tmp_path / "photos"),
+        [str(tmp_path / "photos"), "s3://bucket/{0..3}.tar"],
+    )
+
+
+@pytest.mark.parametrize("name", gpu.SWITCHES)
+def test_bench_is_compiled_but_for_one(name: str) -> None:
+    words = [word for word in gpu.SWITCHES[name] if word != "--synthetic"]
+    fields = {field.removeprefix("--"): value for field, value in zip(words[::2], words[1::2], strict=True)}
+    recipe = overhead.load(
+        "imagenet/vicreg-s16", fields | {"data.train": "photos", "eval.train": None, "eval.test": None}
+    )
+    assert recipe.train.compile == (name != "plain")
+
+
 def test_without_a_gpu_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -430,6 +459,16 @@ def test_a_decoder_is_one_if_it_gives_the_pixels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(nvjpeg, "require_decoder", lambda: lambda bodies, mode, device: [exact, exact.flip(0)])
     with pytest.raises(SystemExit, match="levels from Pillow's"):
         nvjpeg.measure(torch.device("cpu"), 3)
+
+
+def test_no_save_and_no_score_is_in_the_loops_figure(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that is longer than the recipe's cadence; the shares are of that cadence all the same."""
+    asked: list[Any] = []
+    monkeypatch.setattr(overhead, "looping", lambda *given: asked.append(given) or {})
+    overhead.loop_of(overhead.parse([str(small_shards), "--loop", "2000", "--batch", "8"]))
+    [(recipe, steps, _, paced)] = asked
+    assert min(recipe.train.save_every, recipe.eval.every) > steps == 2000
+    assert (paced.train.save_every, paced.eval.every) == (500, 500)
 
 
 @pytest.mark.parametrize("block", [1, 6])

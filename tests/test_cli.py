@@ -82,6 +82,7 @@ def test_a_wrong_recipe(
 
 def test_a_missing_recipe_and_stray_words(fails: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such recipe; nearest: recipes/digits/mae.yaml" in fails(2, "pretrain", "recipes/digits/mea.yaml")
+    assert "--help takes no value" in fails(2, "pretrain", "digits/mae", "--help=1")
     with pytest.raises(SystemExit) as stop:
         cli.main(["pretrain", "digits/mae", "extra"])
     assert stop.value.code == 2

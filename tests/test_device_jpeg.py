@@ -130,6 +130,47 @@ def test_a_damaged_image_ends_the_run_with_its_place(shards: Shards) -> None:
     assert views[0][0].any()
 
 
+def test_a_neighbour_that_is_damaged_changes_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is decoded in another way, which on a GPU has other pixels; so are not those beside it."""
+
+    def decoder(bodies: list[bytes], mode: str, device: torch.device) -> list[torch.Tensor]:
+        if b"odd" in bodies:
+            raise RuntimeError("damaged")
+        return [torch.full((3, 44, 60), 77, dtype=torch.uint8)] * len(bodies)
+
+    monkeypatch.setattr("torchcodec.decoders.decode_jpeg", decoder)
+    monkeypatch.setattr("selfsight.data.device_jpeg.decode", lambda body, form: np.full((3, 44, 60), 99, np.uint8))
+    some = [Encoded(slot, b"odd" if slot == 1 else b"", [(0, 0, 60, 44)], [False], "a") for slot in range(3)]
+    views = [torch.zeros(3, 3, 8, 8, dtype=torch.uint8)]
+    fill(views, some, "bicubic")
+    assert [view.unique().tolist() for view in views[0]] == [[77], [99], [77]]
+
+
+def test_memory_that_runs_out_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(bodies: list[bytes], mode: str, device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torchcodec.decoders.decode_jpeg", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fill([torch.zeros(1, 3, 8, 8)], [Encoded(0, body(picture(0)), [(0, 0, 60, 44)], [False], "a")], "bicubic")
+
+
+def test_a_library_that_does_not_load_is_not_to_be_installed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = __import__
+
+    def importing(name: str, *given: Any) -> Any:
+        if name == "torchcodec.decoders":
+            raise OSError("libnvjpeg.so.13: cannot open shared object file")
+        return real(name, *given)
+
+    monkeypatch.setattr("builtins.__import__", importing)
+    with pytest.raises(
+        UsageError, match=r"does not load beside torch \S+ \(CUDA \S+\): libnvjpeg.so.13.* workers"
+    ) as told:
+        require_decoder()
+    assert "selfsight[fast]" not in told.value.told
+
+
 def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
     with pytest.raises(UsageError, match=r"data\.decode: device needs torchcodec .*selfsight\[fast\]"):
@@ -138,7 +179,7 @@ def test_without_the_library_one_line_says_what_to_install(monkeypatch: pytest.M
 
 def test_a_decoder_that_does_not_work_there_is_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(bodies: list[bytes], mode: str, device: torch.device) -> None:
-        raise RuntimeError(f"no nvJPEG on {device}\nand more")
+        raise RuntimeError(f"get_index, /__w/torchcodec/CUDACommon.h:42, no nvJPEG on {device}\nand more")
 
     assert callable(require_decoder(torch.device("cpu")))
     monkeypatch.setattr("torchcodec.decoders.decode_jpeg", broken)

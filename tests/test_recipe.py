@@ -150,6 +150,10 @@ def test_bases_are_inherited(tmp_path: Path) -> None:
         ("train: {epochs: 1, steps: 2}", r"give either epochs or steps \(.* --train.epochs null\)"),
         ("train: {checkpoint_blocks: foo}", r"^\S+: train.checkpoint_blocks: must be auto, true or false, not 'foo'$"),
         ("train: {checkpoint_blocks: 3}", r"^\S+: train.checkpoint_blocks: must be auto, true or false, not 3$"),
+        (
+            "data: {train: null, mix: [{train: [3, 4]}]}",
+            r"^\S+: data.mix.0.train: must be str or list\[str\], not \[3, 4\]$",
+        ),
         ("data: {train: 3}", r"^\S+: data.train: must be str, list\[str\] or null, not 3$"),
         ("data: {train: [3, 4]}", r"^\S+: data.train: must be str, list\[str\] or null, not \[3, 4\]$"),
         ("train: {epochs: 1, batch_size: 10, accumulate: 3}", r"batch_size 10 is not a multiple of accumulate 3"),

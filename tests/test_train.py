@@ -102,6 +102,16 @@ def test_the_resolved_recipe_repeats_the_run(small_fields: Fields, tmp_path: Pat
     assert same(weights(first, 6), weights(tmp_path / "again", 6))
 
 
+def test_a_finished_run_that_goes_on_is_exported_again(small_fields: Fields) -> None:
+    folder = Path(small_fields["run_dir"])
+    for steps in (6, 8):
+        pretrain("digits/mae", small_fields | {"train.steps": steps}, allow_change=("train.steps",))
+        exported = load_file(folder / "encoder" / "model.safetensors")
+        trained = {name.rpartition(".")[2]: tensor for name, tensor in weights(folder, steps).items()}
+        assert torch.equal(exported["cls_token"], trained["cls_token"])
+        assert (folder / "scores.json").exists() and f"step {steps}" in (folder / "report.html").read_text()
+
+
 def test_a_killed_run_goes_on_bit_for_bit(
     small_fields: Fields, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,7 +130,7 @@ def try_all(
     bar(0, "the recipe as it is, again")
     base = base.and_again(time_steps(built, recipe, spell(AGAIN)))  # late or not: without it no gain would count
     for left in reversed(range(1, AGAIN + 1)):
-        best = _of_main(built, helpful(trials, base))
+        best = _of_main(built, helpful(trials, base, once=True))
         seen = next((number for number, trial in enumerate(trials) if trial.change == best), None)
         if not best or (seen is not None and trials[seen].again) or (left < AGAIN and no_time()):
             break

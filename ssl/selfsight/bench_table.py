@@ -88,6 +88,7 @@ def _trial(trial: Trial, found: "Found") -> dict[str, Any]:
         "ratio": round(trial.timed.images_per_second / base.images_per_second, 3),
         "spread": round(trial.timed.noise, 4),
         "within_noise": within_noise(trial.timed, base),
+        "timed_again": trial.again,
         "memory": None if trial.timed.memory is None else round(trial.timed.memory / MIB),
     }
 
@@ -165,6 +166,13 @@ def _switches(told: dict[str, Any]) -> None:
             continue
         words = ["unsteady"] * (trial["spread"] > UNSTEADY) + ["within noise"] * trial["within_noise"]
         words += ["changes what is learned"] * trial["changes_what_is_learned"]
+        if (
+            not words
+            and trial["ratio"] > 1
+            and not trial["timed_again"]
+            and trial["change"].items() - told["faster"].items()
+        ):
+            words.append("timed once")
         memory = "" if trial["memory"] is None else f"{trial['memory'] / 1024:,.1f}"
         rate, spread = _rate(trial["images_per_second"]), _percent(trial["spread"])
         rows.append([name, rate, f"{trial['ratio']:.2f}", spread, memory, "; ".join(words)])

@@ -94,13 +94,19 @@ def changes_what_is_learned(parts: Parts, recipe: Recipe, other: Recipe) -> bool
     return bool(differences(one, another))
 
 
-def helpful(trials: list[Trial], base: Timed) -> dict[str, Any]:
+def helpful(trials: list[Trial], base: Timed, *, once: bool = False) -> dict[str, Any]:
     """What is faster beyond noise and changes nothing that is learned: the best value of each switch, unless they were
-    tried together, too, and one alone was faster."""
+    tried together, too, and one alone was faster.
+
+    Args:
+        once: also what was timed once; without it only while nothing was timed again.
+    """
+    once = once or not any(trial.again for trial in trials)
     faster = [
         trial
         for trial in trials
         if trial.timed
+        and (once or trial.again)
         and not trial.learns
         and trial.timed.images_per_second > base.images_per_second
         and not within_noise(trial.timed, base)

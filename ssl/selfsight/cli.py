@@ -96,6 +96,8 @@ def split_fields(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             others += [word, *left[:1]] if not equals else [word]
             left = left if equals else left[1:]
             continue
+        if equals and f"--{name}" in FLAGS:
+            raise UsageError(f"--{name} takes no value")
         if "." not in name and name not in BARE and (near := _near(name, words[0])):
             raise UsageError(f"--{name}: no such option; did you mean {near}?")
         if not equals:

@@ -26,14 +26,15 @@ def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 def explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> Iterator[str]:
     """What is wrong with each field, in a line, with the nearest right names."""
     # pydantic has a problem for each kind that such a field takes: `train.checkpoint_blocks.bool`.
-    mixed = {prefix + name: field for name, field in field_names(model, "") if len(_kinds(field.annotation)) > 1}
-    told: set[str] = set()
+    mixed, told = dict(_mixed(model, prefix)), set[str]()
     for problem in error.errors():
-        name = prefix + ".".join(str(part) for part in problem["loc"])
-        if union := next((known for known in mixed if name.startswith(f"{known}.")), ""):
-            if union not in told:
-                yield f"{union}: must be {kind(mixed[union].annotation)}, not {problem['input']!r}"
-            told.add(union)
+        parts = [*filter(None, prefix.split(".")), *(str(part) for part in problem["loc"])]
+        name, anywhere = ".".join(parts), ".".join("*" if part.isdigit() else part for part in parts)
+        if union := next((known for known in mixed if anywhere.startswith(f"{known}.")), ""):
+            whole = ".".join(parts[: union.count(".") + 1])
+            if whole not in told:
+                yield f"{whole}: must be {kind(mixed[union])}, not {problem['input']!r}"
+            told.add(whole)
         elif problem["type"] == "extra_forbidden":
             known = [prefix + field for field, _ in field_names(model)]
             known += ["objective.name"] if not prefix else []
@@ -49,6 +50,16 @@ def explain(error: ValidationError, prefix: str, model: type[BaseModel]) -> Iter
             message = problem["msg"].removeprefix("Value error, ")
             value = problem["input"] if isinstance(problem["input"], str | int | float | bool | list | None) else None
             yield f"{name or 'recipe'}: {message}" + (f", not {value!r}" if value is not None else "")
+
+
+def _mixed(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Fields of several kinds, below lists too: (`data.mix.*.train`, annotation)."""
+    for name, field in field_names(model, prefix):
+        if len(_kinds(field.annotation)) > 1:
+            yield name, field.annotation
+        for part in get_args(field.annotation):
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from _mixed(part, f"{name}.*.")
 
 
 def kind(annotation: Any) -> str:

@@ -110,6 +110,8 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     stop, peers = stop or StopRequest(), peers or Peers(accelerator, config.timeout)
     before = spent_before(folder / "metrics.jsonl")  # then the lines of lost work are cut
     first = resume(parts, accelerator)
+    if main and first < steps:
+        (folder / "scores.json").unlink(missing_ok=True)  # of a finished run that goes on: they are no longer its
     cut = config.deterministic
     summed = Sharded if parts.sharded else Averaged
     backward = Canonical(parts.objective, accelerator, cut) if cut else summed(parts.objective, accelerator)

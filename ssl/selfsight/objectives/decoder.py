@@ -43,8 +43,11 @@ class BlockSums(nn.Module):
 
     def forward(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
         """Tokens (B, K, E) of each place: the sums of them, of the same shape."""
-        stacked = torch.stack([*given])
-        return (self.weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).unbind()
+        # Image by image: the gradient of so few weights is a sum over all tokens and channels, which as one product of
+        # length 10^7 might be one multiprocessor's work.
+        stacked = torch.stack([*given], 1)
+        sums = torch.bmm(self.weight.expand(len(stacked), -1, -1), stacked.flatten(2))
+        return sums.unflatten(2, stacked.shape[2:]).unbind(1)
 
 
 class CrossAttention(nn.Module):

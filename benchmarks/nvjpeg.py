@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from selfsight.data.device_jpeg import AT_ONCE, require_decoder
+from selfsight.data.packing import Encoding, encode
 from selfsight.data.synthetic import images
 from selfsight.exports.card import hardware_of
 from selfsight.speed import synchronize
@@ -23,16 +24,10 @@ from selfsight.speed import synchronize
 LEVELS = 8.0  # of 255, on average: two decoders that differ by more do not decode the same
 
 
-def encoded(image: Image.Image) -> bytes:
-    """As shards have it."""
-    out = BytesIO()
-    image.save(out, "JPEG", quality=92)
-    return out.getvalue()
-
-
 def measure(device: torch.device, rounds: int) -> dict[str, float | str]:
     """The rate, and how far the pixels are from Pillow's."""
-    bodies, decode_jpeg = [encoded(image) for image in images(AT_ONCE)], require_decoder()
+    bodies = [encode(image, Encoding(format="jpeg"))[1] for image in images(AT_ONCE)]  # as shards have them
+    decode_jpeg = require_decoder()
     made = decode_jpeg(bodies, mode="RGB", device=device)
     theirs = [torch.from_numpy(np.array(Image.open(BytesIO(body)))).permute(2, 0, 1).float() for body in bodies]
     levels = torch.stack(

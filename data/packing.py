@@ -86,10 +86,10 @@ def write_shards(
 def _members(sample: Sample, encoding: Encoding) -> dict[str, bytes]:
     """The members of one sample by their fields."""
     if isinstance(sample.image, list):
-        frames = [_encode(frame, encoding) for frame in sample.image]
+        frames = [encode(frame, encoding) for frame in sample.image]
         members = {f"{number:03d}.{suffix}": body for number, (suffix, body) in enumerate(frames)}
     else:
-        members = dict([_encode(sample.image, encoding)])
+        members = dict([encode(sample.image, encoding)])
     if sample.label is not None:
         members["cls"] = str(sample.label).encode()
     if sample.group is not None:
@@ -137,7 +137,7 @@ def reduced(height: int, width: int, encoding: Encoding) -> tuple[int, int]:
     return max(encoding.short_side, round(height * scale)), max(encoding.short_side, round(width * scale))
 
 
-def _encode(image: Picture, encoding: Encoding) -> tuple[str, bytes]:
+def encode(image: Picture, encoding: Encoding) -> tuple[str, bytes]:
     """Suffix and bytes. Bytes that came encoded stay as they are unless a change is asked for; what is encoded anew has
     8 bits, grey or RGB, by the conversion that training uses (`pillow_image`)."""
     stored = "PNG"

@@ -97,6 +97,11 @@ def _scores(parts: Parts, device: torch.device, workers: int, ranks: Ranks) -> d
     )
 
 
+def forget_scores(folder: Path) -> None:
+    """Of a finished run that is to go on: what was scored is then no longer what the run is."""
+    (folder / "scores.json").unlink(missing_ok=True)
+
+
 def read_scores(path: Path) -> dict[str, Any]:
     """What scores.json holds.
 

@@ -36,7 +36,7 @@ from selfsight.errors import (
 from selfsight.eval.online import watcher
 from selfsight.eval.ranks import of_run
 from selfsight.faults import faultpoint
-from selfsight.finish import finish
+from selfsight.finish import finish, forget_scores
 from selfsight.finite import BadSteps, Step, gradient_norm
 from selfsight.ledger import Ledger
 from selfsight.metrics import Meter, MetricsLog, end_trackers, require_trackers, start_trackers
@@ -111,7 +111,7 @@ def train(parts: Parts, accelerator: Accelerator, stop: StopRequest | None = Non
     before = spent_before(folder / "metrics.jsonl")  # then the lines of lost work are cut
     first = resume(parts, accelerator)
     if main and first < steps:
-        (folder / "scores.json").unlink(missing_ok=True)  # of a finished run that goes on: they are no longer its
+        forget_scores(folder)
     cut = config.deterministic
     summed = Sharded if parts.sharded else Averaged
     backward = Canonical(parts.objective, accelerator, cut) if cut else summed(parts.objective, accelerator)

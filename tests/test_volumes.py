@@ -23,7 +23,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
-from selfsight.assemble import assemble, has_planes
+from selfsight.assemble import assemble
 from selfsight.data.index import build_index
 from selfsight.data.placer import Batch
 from selfsight.encoder import Encoder, build_encoder, patchify, preprocessing_of, take, unpatchify
@@ -36,6 +36,7 @@ from selfsight.objectives.pixels import gradient_magnitude, ms_ssim
 from selfsight.optim import build_optimizer
 from selfsight.positions import sincos, sincos_line
 from selfsight.recipe import DataConfig, EncoderConfig, OptimConfig, load
+from selfsight.recipe_data import has_planes
 from selfsight.train import pretrain
 from selfsight.weights import load_weights
 

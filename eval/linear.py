@@ -182,7 +182,7 @@ def fit_heads(
     device = device or own_device()
     pools = (features if features.ndim == 3 else features[None]).to(device)
     labels, width, count = labels.to(device), pools.shape[2], len(heads)
-    start = initial(width, classes, seed).to(device)[..., None]
+    start = initial(width, classes, seed).to(pools)[..., None]
     weights = start.expand(-1, -1, count).flatten(1).repeat(len(pools), 1, 1)  # classes before heads: see `errors`
     velocity = torch.zeros_like(weights)
     rates, decays = (torch.tensor(column, device=device).repeat(classes) for column in zip(*heads, strict=True))
